@@ -1,0 +1,35 @@
+# The two commands are `make demo` and `make test`; both install what they need first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint golden full clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt .python-version
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "sparsejax needs Python 3.12 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make setup PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m experiments.train --config configs/tiny_relu2.py --out runs/demo --json runs/demo.json
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy sparsejax experiments kernels_pallas
+
+# Rewrites the golden text of every shipped config; read the diff before committing it.
+golden: setup
+	$(BIN)/python -m tests.test_shipped_configs
+
+full: lint
+	.ci/run
+
+clean:
+	rm -rf runs $(VENV)

@@ -1,0 +1,30 @@
+"""Measure speed beside its limits.
+
+    python -m experiments.bench train --config configs/tiny_relu2.py
+    python -m experiments.bench train --config configs/lm_350m.py --steps 50 --json results/bench_train_h100.json
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from experiments import entry
+from sparsejax.plugs import check_choice
+
+
+@dataclass
+class Flags:
+    steps: int = entry.flag(50, "steps timed, in each of the variants compared")
+    rounds: int = entry.flag(5, "how often the variants take turns; the spread is over them")
+
+
+def main(call: entry.Call[Flags]) -> dict[str, Any]:
+    check_choice("benchmark", call.names[0] if call.names else "", ("train",))
+    from experiments.bench_train import bench_train
+
+    return bench_train(call.config, steps=call.flags.steps, rounds=call.flags.rounds)
+
+
+if __name__ == "__main__":
+    entry.run(main, Flags, names="benchmark")

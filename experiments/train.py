@@ -1,0 +1,31 @@
+"""Train a model: from a config to a run folder with checkpoints, metrics, plots and a page.
+
+    python -m experiments.train --config configs/tiny_relu2.py --out runs/demo
+    python -m experiments.train --config configs/tiny_relu2.py --config.model.num_layers=6 --resume never
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from experiments import entry
+
+
+@dataclass
+class Flags:
+    out: str = entry.flag("", "run folder; by default runs/NAME, NAME being the config's")
+    resume: str = entry.flag("auto", "auto (the newest good checkpoint, else from the start), never, step=N, or a checkpoint's path")
+
+
+def main(call: entry.Call[Flags]) -> dict[str, Any]:
+    from sparsejax.train.run import train
+
+    command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
+    return train(call.config, base=call.base, out=call.flags.out, resume=call.flags.resume, command=command)
+
+
+if __name__ == "__main__":
+    entry.run(main, Flags)

@@ -1,0 +1,268 @@
+"""Operand types, and the one `matmul` that chooses its kernel from them.
+
+x is an Array, a SparseActivation or a QuantizedActivation; w an Array or a QTensor. Operands nest: `SparseActivation.values`
+may be a QuantizedActivation. A pair is looked up by its exact nested types; failing that the outer type is peeled by its
+defining identity (a SparseActivation is its values with zeros outside the mask), then quantized operands are dequantized.
+Whatever pair is given, the result is the same up to the float tolerance of the executors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels_pallas.grouped_matmul import grouped_matmul
+
+log = logging.getLogger(__name__)
+
+
+def operand(data: list[str], meta: list[str]) -> Callable[[type], type]:
+    """Class decorator: a dataclass that is a pytree with static metadata."""
+
+    def decorate(cls: type) -> type:
+        cls = dataclasses.dataclass(cls)
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+
+    return decorate
+
+
+@operand(["codes", "scale", "surrogate"], ["dtype"])
+class QuantizedActivation:
+    """x = codes * scale, one scale per token.
+
+    codes: int8[..., in]; scale: float32[..., 1]; dtype: that of the tensor it stands for.
+    surrogate: while training, the float tensor that receives the straight-through gradient; None when serving.
+    """
+
+    codes: Int[Array, "... in"]
+    scale: Float[Array, "... 1"]
+    surrogate: Any
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    def dequantize(self) -> Array:
+        return (self.codes.astype(jnp.float32) * self.scale).astype(self.dtype)
+
+    def keep(self, mask: Array) -> QuantizedActivation:
+        """Zeros outside the mask; the surrogate is left whole, its gradient is masked by who masks."""
+        return dataclasses.replace(self, codes=jnp.where(mask, self.codes, 0))
+
+
+@operand(["values", "mask"], ["gradient"])
+class SparseActivation:
+    """A tensor of which only the entries under the mask count.
+
+    values: [..., in], unmasked, so that a residual path can still see what was dropped; Array or QuantizedActivation.
+    mask: bool[..., in]; carries no gradient.
+    gradient: "masked" (dropped entries receive none) or "straight_through" (they receive the kept entries' gradient).
+    """
+
+    values: Any
+    mask: Bool[Array, "... in"]
+    gradient: str = "masked"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.mask.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    def dense(self) -> Array:
+        """The tensor with its zeros, differentiable as `gradient` says."""
+        values = dense(self.values)
+        if self.gradient == "straight_through":
+            return _zero_straight_through(values, self.mask)
+        return jnp.where(self.mask, values, 0)
+
+
+@operand(["codes", "scale", "surrogate"], ["bits", "shape", "dtype"])
+class QTensor:
+    """A weight stored as integers: w[i, j] = codes[i, j] * scale[0, j], symmetric, one scale per output channel.
+
+    codes: int8[..., in, out], or for 4 bits uint8[..., ceil(in / 2), out] with channel 2i in the low nibble of byte i.
+    scale: float32[..., 1, out]. shape: the trailing (in, out); what leads it (layers, experts) comes from the arrays.
+    surrogate: while training, the float weight that receives the straight-through gradient; None when serving.
+    """
+
+    codes: Array
+    scale: Float[Array, "... 1 out"]
+    surrogate: Any
+    bits: int
+    shape: tuple[int, int]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    def integers(self) -> Int[Array, "*lead in out"]:
+        """The codes as int8, unpacked."""
+        return unpack_int4(self.codes, self.shape[0]) if self.bits == 4 else self.codes
+
+    def dequantize(self) -> Array:
+        return (self.integers().astype(jnp.float32) * self.scale).astype(self.dtype)
+
+
+def pack_int4(codes: Int[Array, "*lead in out"]) -> Int[Array, "*lead half out"]:
+    """int8 codes in [-8, 7] as nibbles, two input channels to a byte; an odd last channel is paired with zero."""
+    *lead, rows, columns = codes.shape
+    if rows % 2:
+        codes = jnp.concatenate([codes, jnp.zeros((*lead, 1, columns), codes.dtype)], axis=-2)
+    pairs = codes.astype(jnp.uint8).reshape(*lead, (rows + 1) // 2, 2, columns)
+    return (pairs[..., 0, :] & 0xF) | (pairs[..., 1, :] << 4)
+
+
+def unpack_int4(packed: Int[Array, "*lead half out"], rows: int) -> Int[Array, "*lead in out"]:
+    """The inverse of `pack_int4` for `rows` input channels."""
+    low = jnp.left_shift(packed, 4).view(jnp.int8) >> 4
+    high = packed.view(jnp.int8) >> 4
+    *lead, half, columns = packed.shape
+    return jnp.stack([low, high], axis=-2).reshape(*lead, 2 * half, columns)[..., :rows, :]
+
+
+def dense(x: Any) -> Array:
+    """Any operand as the plain Array that it stands for."""
+    if isinstance(x, SparseActivation):
+        return x.dense()
+    return x.dequantize() if isinstance(x, QuantizedActivation | QTensor) else x
+
+
+@jax.custom_vjp
+def _zero_straight_through(values: Array, mask: Array) -> Array:
+    return jnp.where(mask, values, 0)
+
+
+_zero_straight_through.defvjp(lambda values, mask: (jnp.where(mask, values, 0), None), lambda _, g: (g, None))
+
+
+def matmul(x: Any, w: Any, *, groups: Int[Array, " E"] | None = None, out_dtype: Any = None) -> Array:
+    """y = x @ w by the kernel that fits the operands' types.
+
+    Args:
+      x: [..., in], or [E, C, in] against a w with a leading expert axis, or rows [N, in] sorted by expert with `groups`.
+      w: [in, out] or [E, in, out].
+      groups: rows of x per expert; rows beyond their sum give zeros.
+      out_dtype: of the result; default x's. Products are accumulated in float32 (int32 for integers) whatever it is.
+    Returns:
+      [..., out]. While an operand carries a surrogate, gradients go straight through its quantizer (fake-quant gradients).
+    """
+    if _surrogate(x) is not None or _surrogate(w) is not None:
+        return _straight_through(x, w, groups, out_dtype)
+    return _dispatch(x, w, groups, out_dtype)
+
+
+def expert_of_rows(groups: Int[Array, " E"], rows: int) -> Int[Array, " rows"]:
+    """Which expert each of `rows` sorted rows belongs to; E for rows beyond the groups."""
+    return jnp.searchsorted(jnp.cumsum(groups), jnp.arange(rows), side="right")
+
+
+def kind(operand: Any) -> str:
+    """The nested type name that dispatch sees, e.g. `SparseActivation[QuantizedActivation]`."""
+    if isinstance(operand, SparseActivation):
+        inner = kind(operand.values)
+        return "SparseActivation" if inner == "Array" else f"SparseActivation[{inner}]"
+    return type(operand).__name__ if isinstance(operand, QuantizedActivation | QTensor) else "Array"
+
+
+def _dispatch(x: Any, w: Any, groups: Any, out_dtype: Any) -> Array:
+    kernel = _KERNELS.get((kind(x), kind(w)))
+    if kernel is not None:
+        return kernel(x, w, groups, out_dtype)
+    _log_reference(kind(x), kind(w))
+    if isinstance(x, SparseActivation):
+        peeled = x.values.keep(x.mask) if isinstance(x.values, QuantizedActivation) else x.dense()
+        return _dispatch(peeled, w, groups, out_dtype)
+    return _dispatch(dense(x), dense(w), groups, out_dtype)
+
+
+@functools.cache
+def _log_reference(x_kind: str, w_kind: str) -> None:
+    log.info("matmul(%s, %s): no kernel of its own, reference path", x_kind, w_kind)
+
+
+def _product(x: Array, w: Array, groups: Any, accumulator: Any) -> Array:
+    if groups is not None:
+        return grouped_matmul(x, w, groups, preferred_element_type=accumulator)
+    return jnp.matmul(x, w, preferred_element_type=accumulator)
+
+
+def _array_array(x: Array, w: Array, groups: Any, out_dtype: Any) -> Array:
+    return _product(x, w.astype(x.dtype), groups, out_dtype or x.dtype)
+
+
+def _int_int(x: QuantizedActivation, w: QTensor, groups: Any, out_dtype: Any) -> Array:
+    """Integer accumulators are exact, the scales follow in a fixed order: training and serving agree bit for bit."""
+    total = _product(x.codes, w.integers(), groups, jnp.int32).astype(jnp.float32)
+    scale = w.scale
+    if groups is not None:
+        scale = w.scale[:, 0].at[expert_of_rows(groups, x.shape[0])].get(mode="fill", fill_value=0)
+    elif w.ndim == 2:
+        scale = w.scale[0]
+    scale = scale.reshape((1,) * (total.ndim - scale.ndim) + scale.shape)
+    return (total * x.scale * scale).astype(out_dtype or x.dtype)
+
+
+_KERNELS: dict[tuple[str, str], Callable[..., Array]] = {
+    ("Array", "Array"): _array_array,
+    ("QuantizedActivation", "QTensor"): _int_int,
+}
+
+
+def _surrogate(operand: Any) -> Any:
+    if isinstance(operand, SparseActivation):
+        return _surrogate(operand.values)
+    return operand.surrogate if isinstance(operand, QuantizedActivation | QTensor) else None
+
+
+def _differentiable(operand: Any) -> Array:
+    """The float tensor whose gradient the product's gradient is; a mask's own rule is part of it."""
+    if isinstance(operand, SparseActivation):
+        return dataclasses.replace(operand, values=_differentiable(operand.values)).dense()
+    surrogate = _surrogate(operand)
+    return dense(operand) if surrogate is None else surrogate
+
+
+def _without_surrogate(operand: Any) -> Any:
+    if isinstance(operand, SparseActivation):
+        return dataclasses.replace(operand, values=_without_surrogate(operand.values))
+    if isinstance(operand, QuantizedActivation | QTensor):
+        return dataclasses.replace(operand, surrogate=None)
+    return operand
+
+
+def _straight_through(x: Any, w: Any, groups: Any, out_dtype: Any) -> Array:
+    encoded = jax.tree.map(jax.lax.stop_gradient, (_without_surrogate(x), _without_surrogate(w)))
+    return _fake_quant_product(out_dtype, _differentiable(x), _differentiable(w), *encoded, groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fake_quant_product(out_dtype: Any, x_float: Array, w_float: Array, x: Any, w: Any, groups: Any) -> Array:
+    return _dispatch(x, w, groups, out_dtype)
+
+
+def _fake_quant_forward(out_dtype: Any, x_float: Array, w_float: Array, x: Any, w: Any, groups: Any) -> tuple[Array, Any]:
+    # The residuals are the encoded operands: int8 where they are int8, not the float tensors.
+    empty = (jnp.zeros((0,), x_float.dtype), jnp.zeros((0,), w_float.dtype))
+    return _dispatch(x, w, groups, out_dtype), (x, w, groups, *empty)
+
+
+def _fake_quant_backward(out_dtype: Any, residuals: Any, g: Array) -> tuple[Any, ...]:
+    x, w, groups, x_like, w_like = residuals
+    _, pull = jax.vjp(lambda a, b: _dispatch(a, b, groups, out_dtype), dense(x), dense(w))
+    dx, dw = pull(g)
+    return dx.astype(x_like.dtype), dw.astype(w_like.dtype), None, None, None
+
+
+_fake_quant_product.defvjp(_fake_quant_forward, _fake_quant_backward)

@@ -1,0 +1,165 @@
+"""A stack of blocks as segments (a period of blocks, repeated), each scanned over its repeats.
+
+Layers that alternate (local and global, dense and expert) keep the scan; a rule that singles out a layer splits the segments.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparsejax.context import Context, Stat
+from sparsejax.layers.attention import empty_cache
+from sparsejax.layers.block import Block
+from sparsejax.layers.linear import SiteRules
+from sparsejax.models.config import ModelConfig
+from sparsejax.nnx_compat import Module, data
+
+# What the backward pass may keep; the rest is recomputed.
+REMAT_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+Segment = tuple[int, int]
+
+
+def plan_segments(signatures: list[Any]) -> list[Segment]:
+    """Cover the layers' signatures with (period, repeats), longest cover first, shortest period among equals."""
+    segments: list[Segment] = []
+    start = 0
+    while start < len(signatures):
+        left = len(signatures) - start
+        candidates = [(period, _repeats(signatures, start, period)) for period in range(1, left + 1)]
+        # A period of its own length covers everything once: only worth it where nothing repeats.
+        period, repeats = max(candidates, key=lambda c: (c[0] * c[1] if c[1] > 1 else 1, -c[0]))
+        segments.append((period, repeats))
+        start += period * repeats
+    return segments
+
+
+def _repeats(signatures: list[Any], start: int, period: int) -> int:
+    first = signatures[start : start + period]
+    count = 1
+    while signatures[start + count * period : start + (count + 1) * period] == first:
+        count += 1
+    return count
+
+
+class Stack(Module):
+    """`num_layers` blocks at sites `SITE.0`, `SITE.1`, ..."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_layers: int,
+        *,
+        key: Array,
+        site: str,
+        rules: SiteRules,
+        causal: bool,
+        cross: bool = False,
+    ):
+        self.config_dtype = config.dtype
+        self.unroll, self.remat = config.unroll, config.remat
+        keys = jax.random.split(key, num_layers)
+
+        def block(layer: int, key: Array) -> Block:
+            return Block(
+                config,
+                key=key,
+                site=f"{site}.{layer}",
+                rules=rules,
+                attention=config.attention_pattern[layer % len(config.attention_pattern)],
+                feed=config.feed_pattern[layer % len(config.feed_pattern)],
+                causal=causal,
+                cross=cross,
+            )
+
+        signatures = _signatures(block, keys, config, rules) if config.scan else list(range(num_layers))
+        self.plan = tuple(plan_segments(signatures)) if config.scan else ((num_layers, 1),)
+        segments: dict[str, Any] = {}
+        start = 0
+        for index, (period, repeats) in enumerate(self.plan):
+            slots = {}
+            for slot in range(period):
+                chosen = keys[start + slot : start + period * repeats : period]
+                slots[str(slot)] = jax.vmap(lambda k, layer=start + slot: block(layer, k))(chosen)
+            segments[str(index)] = slots
+            start += period * repeats
+        self.segments = data(segments)
+
+    def __call__(
+        self, h: Float[Array, "B T D"], ctx: Context, cache: dict[str, Any] | None = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any], dict[str, Any] | None]:
+        """(h, stats stacked over the layers that report them, cache)."""
+        found: list[tuple[np.ndarray, dict[str, Any]]] = []
+        new_cache: dict[str, Any] = {}
+        start = 0
+        for index, (period, repeats) in enumerate(self.plan):
+            slots = self.segments[str(index)]
+            layers = start + np.arange(repeats)[:, None] * period + np.arange(period)
+            h, stats, new_cache[str(index)] = self._run_segment(h, slots, layers, ctx, cache and cache[str(index)])
+            found += [(layers[:, slot], stats[str(slot)]) for slot in range(period)]
+            start += period * repeats
+        return h, _gather_layers(found), None if cache is None else new_cache
+
+    def _run_segment(self, h: Array, slots: Any, layers: np.ndarray, ctx: Context, cache: Any) -> tuple[Array, Any, Any]:
+        repeats, period = layers.shape
+        unroll = min(repeats, self.unroll or (repeats if jax.default_backend() == "cpu" else 1))
+
+        def body(h: Array, xs: Any) -> tuple[Array, Any]:
+            blocks, layer, cached = xs
+            stats, kept = {}, {}
+            for slot in range(period):
+                name = str(slot)
+                here = ctx._replace(layer=layer[slot])
+                h, stats[name], kept[name] = blocks[name](h, here, None if cached is None else cached[name])
+            return h, (stats, None if cached is None else kept)
+
+        if self.remat != "none":
+            # Inside a rolled loop nothing can be merged across iterations, so the CSE barrier would only cost time.
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=unroll == repeats)
+        h, (stats, kept) = jax.lax.scan(body, h, (slots, jnp.asarray(layers), cache), unroll=unroll)
+        return h, stats, kept
+
+    def empty_cache(self, config: ModelConfig, batch: int, length: int) -> dict[str, Any]:
+        """Zeroed caches for `length` tokens, stacked as the blocks are."""
+        one = empty_cache(config, batch, length, jnp.dtype(config.dtype))
+        return {
+            str(index): {
+                str(slot): jax.tree.map(lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape)), one) for slot in range(period)
+            }
+            for index, (period, repeats) in enumerate(self.plan)
+        }
+
+
+def _signatures(block: Any, keys: Array, config: ModelConfig, rules: SiteRules) -> list[Any]:
+    """What distinguishes layers: their place in the patterns and, where a rule names layers, the ops it puts there."""
+    cycle = math.lcm(len(config.attention_pattern), len(config.feed_pattern))
+    if not rules.inputs and not rules.weights:
+        cycle_of = [(config.attention_pattern[i % len(config.attention_pattern)],
+                     config.feed_pattern[i % len(config.feed_pattern)]) for i in range(cycle)]
+        return [cycle_of[layer % cycle] for layer in range(len(keys))]
+    return [
+        jax.tree.structure(jax.eval_shape(lambda k, layer=layer: block(layer, k), keys[layer])) for layer in range(len(keys))
+    ]
+
+
+def _gather_layers(found: list[tuple[np.ndarray, dict[str, Any]]]) -> dict[str, Any]:
+    """Join the slots' stacked statistics into one array per statistic, in layer order."""
+    joined: dict[str, Any] = {}
+    for site in sorted({site for _, stats in found for site in stats}):
+        joined[site] = {}
+        for name in sorted({name for _, stats in found for name in stats.get(site, {})}):
+            parts = [(layers, stats[site][name]) for layers, stats in found if name in stats.get(site, {})]
+            order = np.argsort(np.concatenate([layers for layers, _ in parts]))
+            values = jnp.concatenate([stat.value for _, stat in parts])
+            joined[site][name] = Stat(values if (order == np.arange(len(order))).all() else values[order], parts[0][1].reduction)
+    return joined

@@ -1,0 +1,111 @@
+"""Which keys a query may see: causal order, window, packed segments, padding and prefix, without a T x S array until a block asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """The mask of one attention call, evaluated per block of queries and keys.
+
+    Query t sees key s when all of these hold, with positions `pos` (indices unless given):
+      causal: pos(s) <= pos(t), or s is in the prefix;
+      window w > 0: |pos(t) - pos(s)| < w, so a causal query sees w keys, itself included;
+      segments: both have the same id and it is not 0 (padding); with key ids alone, the key's id is not 0.
+    """
+
+    num_queries: int
+    num_keys: int
+    causal: bool
+    window: int = 0
+    query_segment_ids: Int[Array, "B T"] | None = None
+    key_segment_ids: Int[Array, "B S"] | None = None
+    query_positions: Int[Array, "B T"] | None = None
+    key_positions: Int[Array, "B S"] | None = None
+    prefix: Bool[Array, "B S"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise ValueError(f"window = {self.window}: 0 (off) or a number of keys")
+        if self.query_segment_ids is not None and self.key_segment_ids is None:
+            raise ValueError("query_segment_ids without key_segment_ids: give both, or the keys' alone to mask padding")
+        if self.prefix is not None and not self.causal:
+            raise ValueError("a prefix has no meaning where attention is not causal")
+        if (self.causal or self.window) and self.ordered_by_index and self.num_queries != self.num_keys:
+            raise ValueError(
+                f"{self.num_queries} queries and {self.num_keys} keys: causal or windowed attention between different "
+                "lengths needs query_positions and key_positions"
+            )
+
+    @property
+    def ordered_by_index(self) -> bool:
+        """Whether positions are the plain indices, so that a block's keys are known when tracing."""
+        return self.query_positions is None and self.key_positions is None
+
+    @property
+    def depends_on_data(self) -> bool:
+        """Whether the mask is more than a function of indices."""
+        return self.key_segment_ids is not None or self.prefix is not None or not self.ordered_by_index
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int]:
+        """The keys [low, high) outside of which queries [start, stop) see nothing, for any data."""
+        low, high = 0, self.num_keys
+        if self.ordered_by_index and self.window:
+            low, high = max(0, start - self.window + 1), min(high, stop + self.window - 1)
+        if self.ordered_by_index and self.causal and self.prefix is None:
+            high = min(high, stop)
+        return low, high
+
+    def block_positions(self, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Array, Array]:
+        """Positions of a block: [Tb] and [Sb], or [B, Tb] and [B, Sb] where either was given."""
+        if self.ordered_by_index:
+            return jnp.arange(*queries), jnp.arange(*keys)
+        return _positions(self.query_positions, queries), _positions(self.key_positions, keys)
+
+    def block(self, queries: tuple[int, int], keys: tuple[int, int]) -> Bool[Array, "B Tb Sb"] | None:
+        """The mask of queries [start, stop) and keys [low, high); B may be 1; None where everything is visible."""
+        visible = _both(self._near(queries, keys), self._same_segment(queries, keys))
+        if not self.causal:
+            return visible
+        query_positions, key_positions = self._position_grid(queries, keys)
+        ordered = key_positions <= query_positions
+        if self.prefix is not None:
+            ordered = ordered | _slice(self.prefix, keys)[:, None, :].astype(bool)
+        return _both(ordered, visible)
+
+    def _position_grid(self, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Array, Array]:
+        query_positions, key_positions = (jnp.atleast_2d(p) for p in self.block_positions(queries, keys))
+        return query_positions[:, :, None], key_positions[:, None, :]
+
+    def _near(self, queries: tuple[int, int], keys: tuple[int, int]) -> Array | None:
+        if not self.window:
+            return None
+        query_positions, key_positions = self._position_grid(queries, keys)
+        return jnp.abs(query_positions - key_positions) < self.window
+
+    def _same_segment(self, queries: tuple[int, int], keys: tuple[int, int]) -> Array | None:
+        if self.key_segment_ids is None:
+            return None
+        key_ids = _slice(self.key_segment_ids, keys)[:, None, :]
+        if self.query_segment_ids is None:
+            return key_ids != 0
+        return (_slice(self.query_segment_ids, queries)[:, :, None] == key_ids) & (key_ids != 0)
+
+
+def _slice(rows: Array, bounds: tuple[int, int]) -> Array:
+    return lax.slice_in_dim(rows, *bounds, axis=1)
+
+
+def _positions(given: Array | None, bounds: tuple[int, int]) -> Array:
+    return jnp.arange(*bounds)[None] if given is None else _slice(given, bounds)
+
+
+def _both(left: Array | None, right: Array | None) -> Array | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left & right

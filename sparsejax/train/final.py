@@ -1,0 +1,150 @@
+"""What a run says of itself at its end: held-out quality beside counting baselines, counted sparsity, a sample, a page."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax import nnx_compat
+from sparsejax.context import Context
+from sparsejax.data.pipeline import DataPipeline
+from sparsejax.evaluate.generate import Sampling, generate_text
+from sparsejax.evaluate.ngram import NgramBaselines, ngram_baselines
+from sparsejax.parallel import launch
+from sparsejax.train.loop import Trainer
+from sparsejax.train.run_page import write_page
+from sparsejax.train.state import build
+
+BASELINE_BYTES = 16 * 2**20  # of training text that the n-gram models count
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict[str, float]) -> dict[str, Any]:
+    """Evaluate the trained model on held-out data, write `result.json` and `index.html`, print and return the result."""
+    config, data, folder = trainer.config, trainer.data, trainer.folder
+    found = trainer.evaluate(config.evaluate.batches)
+    results: dict[str, Any] = {name: value for name, value in found._asdict().items() if math.isfinite(value)}
+    results |= counted_sparsity(trainer)
+    results["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.trainable))
+    results |= seconds
+    device = trainer.setup.mesh.devices.flat[0]
+    result: dict[str, Any] = {
+        "name": config.name,
+        "command": command,
+        "device": f"{trainer.setup.mesh.size} x {device.device_kind}",
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "data": data.fingerprint,
+        "config_diff": config_diff,
+        "results": results,
+    }
+    if data.tokenizer is not None and config.data.task == "causal_lm":
+        baselines = held_out_baselines(trainer)
+        result["baselines"] = {"unigram": baselines.entropy, "bigram": baselines.bigram}
+        result["bytes_per_token"] = found.bytes / found.tokens
+    if config.evaluate.sample_tokens and launch.is_main():
+        prompt = config.evaluate.sample_prompt or "\n"
+        result["sample"] = {"prompt": prompt, "text": sample_text(trainer, prompt, config.evaluate.sample_tokens)}
+    if launch.is_main():
+        _write_json(folder / "result.json", result)
+        write_page(folder)
+    return result
+
+
+def describe(result: dict[str, Any], folder: Path) -> list[str]:
+    """The result as lines for a person."""
+    found, lines = result["results"], []
+    loss = f"held-out loss {found['loss']:.4f} +- {found.get('loss_error', math.nan):.4f} nats over {found['sequences']:,} sequences"
+    lines.append(loss + (f", accuracy {found['accuracy']:.4f}" if "accuracy" in found else ""))
+    if "baselines" in result:
+        bits, unigram, bigram = found["bits_per_byte"], result["baselines"]["unigram"], result["baselines"]["bigram"]
+        lines.append(
+            f"held-out bits per byte {bits:.4f}; unigram entropy of the same text {unigram:.4f} ({unigram - bits:+.4f} above the "
+            f"model), bigram model {bigram:.4f} ({bigram - bits:+.4f} above the model)"
+        )
+    if "zero_fraction" in found:
+        lines.append(
+            f"FFN hidden vector: {found['zeros']:,.0f} of {found['entries']:,.0f} entries are exactly zero "
+            f"({100 * found['zero_fraction']:.2f} %), by layer "
+            + " ".join(f"{100 * value:.1f}" for value in found["zero_fraction_by_layer"])
+        )
+    if "sample" in result:
+        lines.append(f"sample after {result['sample']['prompt']!r}:\n{result['sample']['text']}")
+    lines.append(f"open {folder / 'index.html'}")
+    return lines
+
+
+def counted_sparsity(trainer: Trainer, batches: int = 4) -> dict[str, Any]:
+    """Exact zeros of the FFN hidden vector over the first held-out batches, counted entry by entry, all and by layer."""
+    step = trainer.setup.evaluate(trainer.setup.stage(int(jax.device_get(trainer.state.step))), True)
+    parameters = trainer.evaluated_parameters()
+    counts = jax.device_get([step(parameters, batch)["counts"] for batch in trainer.held_out(batches)])
+    zeros, entries = (np.sum([np.float64(count[name]) for count in counts], axis=0) for name in ("zeros", "entries"))
+    return {
+        "zero_fraction": float(zeros.sum() / entries.sum()),
+        "zeros": float(zeros.sum()),
+        "entries": float(entries.sum()),
+        "zero_fraction_by_layer": [float(value) for value in zeros / entries],
+    }
+
+
+def held_out_baselines(trainer: Trainer) -> NgramBaselines:
+    """Unigram and bigram models on the very bytes that the model was scored on."""
+    return ngram_baselines(
+        _training_bytes(trainer.data), list(_scored_bytes(trainer)), vocab_size=256
+    )
+
+
+def _training_bytes(data: DataPipeline) -> list[np.ndarray]:
+    documents, total = [], 0
+    for text in data.documents("train"):
+        documents.append(np.frombuffer(text.encode(), np.uint8))
+        total += len(documents[-1])
+        if total > BASELINE_BYTES:
+            break
+    return documents
+
+
+def _scored_bytes(trainer: Trainer) -> Iterator[np.ndarray]:
+    """The text of every segment of the held-out batches."""
+    rows = slice(0, trainer.config.batch_size)
+    for batch in trainer.data.evaluation_batches(trainer.config.evaluate.batches, rows):
+        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+            for segment in np.unique(segments[segments > 0]):
+                yield np.frombuffer(trainer.data.tokenizer.decode(tokens[segments == segment]).encode(), np.uint8)
+
+
+def sample_text(trainer: Trainer, prompt: str, tokens: int, temperature: float = 0.8) -> str:
+    """Text that the model continues a prompt with."""
+    structure, config = trainer.setup.structure, trainer.config
+
+    def apply(values: Any, tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        model = build(structure, values, config.model.dtype)
+        batch = {"tokens": tokens, "positions": positions}
+        h, _, cache = model.features(batch, Context(mode="prefill" if tokens.shape[1] > 1 else "decode"), cache)
+        return model.logits(h), cache
+
+    def empty_cache(batch: int, length: int) -> Any:
+        return nnx_compat.merge(structure, trainer.setup.abstract_state.trainable).empty_cache(batch, length)
+
+    # A run's parameters lie on its mesh; sampling one sequence needs them on one device.
+    values = jax.device_put(jax.device_get(trainer.evaluated_parameters()), jax.local_devices()[0])
+    tokenizer = trainer.data.tokenizer
+    room = config.model.max_length - len(tokenizer.encode(prompt)) if config.model.positions.kind == "learned" else tokens
+    return generate_text(
+        apply, empty_cache, values, tokenizer, [prompt], min(tokens, room), Sampling(temperature=temperature),
+        seed=config.seed, end=tokenizer.eos_id,
+    )[0]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)

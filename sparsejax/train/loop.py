@@ -1,0 +1,272 @@
+"""A run from its config to its results: set up, resume, step, log, evaluate, save, report.
+
+The loop dispatches step t and then handles the metrics of step t - 1, so that the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax.config import ExperimentConfig
+from sparsejax.data.pipeline import BatchIterator, DataPipeline
+from sparsejax.evaluate import likelihood
+from sparsejax.models.sizes import flops_per_token
+from sparsejax.parallel import launch
+from sparsejax.train import metrics
+from sparsejax.train.checkpoint import Checkpoints, Record, check_same_run, choose, read_record, restore
+from sparsejax.train.progress import ProgressReport, StepTimer
+from sparsejax.train.setup import Setup, examples_to_tokens
+from sparsejax.train.state import TrainState
+
+MAX_ROLLBACKS = 10
+
+
+class TrainingStopped(RuntimeError):
+    """The loss became unusable and the config says to stop; what was saved before is intact."""
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands beside its TrainState: the next batch's index, batches left out, and the printed loss average."""
+
+    data_index: int = 0
+    skipped: list[int] = dataclasses.field(default_factory=list)
+    loss_ema: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Termination:
+    """SIGTERM and SIGINT as a flag: the loop saves and leaves after the step in hand."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Termination:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not the main thread (a notebook's worker): no handler there
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """The loop's parts in one place; `run` goes from the present state to the last step."""
+
+    def __init__(self, setup: Setup, data: DataPipeline, folder: Path):
+        self.setup, self.data, self.folder = setup, data, folder
+        self.config: ExperimentConfig = setup.config
+        self.checkpoints: Checkpoints | None = None
+        self.position = Position()
+        self.state: TrainState | None = None
+        self.last_evaluation: dict[str, float] = {}
+        self.rollbacks = 0
+        tokens = examples_to_tokens(self.config)
+        device = setup.mesh.devices.flat[0]
+        self.flops_per_token = flops_per_token(self.config.model, tokens)
+        self.peak = metrics.peak_flops(device.device_kind, self.config.model.dtype, self.config.log.peak_flops)
+        self.tokens_per_step = self.config.batch_size * tokens
+
+    def run(self) -> bool:
+        """Train to the last step; returns whether it got there (False: a signal asked to stop, and the state is saved)."""
+        config = self.config
+        first = int(jax.device_get(self.state.step))
+        self.ema = metrics.DebiasedEMA(**self.position.loss_ema)
+        self.zero_fraction = math.nan
+        stream = metrics.MetricStream()
+        self.timer = StepTimer(config.steps, first)
+        main = launch.is_main()
+        names = config.log.writers if main else ()
+        with (
+            metrics.Writers(self.folder, names, json.dumps(dataclasses.asdict(config)), first + 1) as self.writers,
+            ProgressReport(config.steps, config.log.every, first, enabled=main) as self.report,
+            Termination() as termination,
+        ):
+            self.watch_log = metrics.WatchLog(self.folder, first + 1) if main else None
+            step = first
+            batches = self._batches()
+            while step < config.steps:
+                batch = next(batches)
+                watch = self._watches(step + 1)
+                compiled = self.setup.train(self.setup.stage(step), watch)
+                self.state, found = compiled(self.state, batch)
+                step += 1
+                found["data_index"] = np.int32(self.position.data_index)
+                self.position.data_index += 1
+                usable = self._handle(stream.push(step, found))
+                self.timer.tick(step, self.tokens_per_step)
+                if usable and self._due(config.evaluate.every, step):
+                    usable = self._handle(stream.flush())
+                    self._evaluate(step)
+                if usable and (self._due(config.checkpoint.every, step) or step == config.steps):
+                    usable = self._handle(stream.flush()) and self._save(step)
+                if usable and self._stops(termination, step):
+                    if self._handle(stream.flush()):
+                        self._save(step)
+                        self.checkpoints.wait()
+                        self.report.print(f"stopped on request after step {step:,}; --resume auto goes on from there")
+                        return False
+                    usable = False
+                if not usable:
+                    stream = metrics.MetricStream()
+                    step = self._roll_back()
+                    batches = self._batches()
+        with self.timer.pause():
+            self.checkpoints.wait()
+        return True
+
+    def _batches(self) -> Iterator[dict[str, jax.Array]]:
+        """Batches on their devices from `position.data_index` on, without those that were found unusable."""
+        rows = launch.process_rows(self.config.batch_size, self.setup.mesh)
+        start = self.position.data_index
+        for index, batch in enumerate(BatchIterator(self.data, rows, start), start):
+            if index not in self.position.skipped:
+                self.position.data_index = index
+                yield launch.global_batch(batch, self.setup.mesh, self.config.batch_size)
+
+    def _watches(self, step: int) -> bool:
+        return self._due(self.config.log.watch_every, step) or (
+            self.config.log.watch_every > 0 and step == self.config.steps
+        )
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _stops(self, termination: Termination, step: int) -> bool:
+        # Agreeing over hosts waits for the devices, so it is done on logging steps only.
+        if jax.process_count() == 1:
+            return termination.requested
+        return self._due(self.config.log.every, step) and launch.broadcast_flag(termination.requested)
+
+    def _handle(self, record: metrics.Record | None) -> bool:
+        """Log a fetched step; False when it was unusable and the config says to roll back."""
+        if record is None:
+            return True
+        values = dict(record.scalars)
+        data_index = int(values.pop("data_index"))
+        bad = bool(values["bad"])
+        self.ema = self.ema if bad else self.ema.update(values["loss"])
+        self.position.loss_ema = dataclasses.asdict(self.ema)
+        rate = self.timer.tokens_per_second
+        values |= {"loss_ema": self.ema.value, "tokens_per_second": rate}
+        values["mfu"] = metrics.mfu(self.flops_per_token, rate, self.setup.mesh.size, self.peak)
+        arrays = {name.removeprefix("watch/"): value for name, value in record.arrays.items()}
+        if "zero_fraction" in arrays:
+            self.zero_fraction = float(np.mean(arrays["zero_fraction"]))
+            values["zero_fraction"] = self.zero_fraction
+        if self.watch_log and self._watches(record.step):
+            norms = {name: values.pop(name) for name in list(values) if "_norm/" in name}
+            self.watch_log.write(record.step, {**arrays, **norms})
+        shown = {**values, "seconds_left": self.timer.seconds_left}
+        if not math.isnan(self.zero_fraction):
+            shown["zero_fraction"] = self.zero_fraction
+        self.report.update(record.step, shown)
+        if self._due(self.config.log.every, record.step) or record.step in (1, self.config.steps) or bad:
+            self.writers.write(record.step, values)
+        return self._judge(record.step, data_index, values) if bad else True
+
+    def _judge(self, step: int, data_index: int, values: dict[str, float]) -> bool:
+        """What the config says of an unusable step; its batch is written down whatever that is."""
+        policy = self.config.checkpoint.on_nan
+        what = f"step {step:,}: loss {values['loss']:.6g}, gradient norm {values['gradient_norm']:.6g}, batch {data_index:,}"
+        if launch.is_main():
+            with (self.folder / "bad_batches.jsonl").open("a") as file:
+                row = {"step": step, "data_index": data_index, "loss": repr(values["loss"]), "policy": policy}
+                file.write(json.dumps(row) + "\n")
+        self.report.print(f"unusable {what}: {policy}")
+        if policy == "skip":
+            return True
+        if policy == "stop":
+            raise TrainingStopped(
+                f"{what} is not usable; checkpoints before it are intact in {self.folder / 'checkpoints'} "
+                "(checkpoint.on_nan = 'skip' or 'rollback' go on instead)"
+            )
+        self.position.skipped.append(data_index)
+        return False
+
+    def _roll_back(self) -> int:
+        """Go back to the last checkpoint, leaving out the batches that were found unusable; returns its step."""
+        self.rollbacks += 1
+        if self.rollbacks > MAX_ROLLBACKS:
+            raise TrainingStopped(f"rolled back {MAX_ROLLBACKS} times; batches left out: {self.position.skipped}")
+        skipped = self.position.skipped
+        with self.timer.pause():
+            self.checkpoints.wait()
+            step = self.restore("auto")
+        self.position.skipped = sorted({*self.position.skipped, *skipped})
+        self.ema = metrics.DebiasedEMA(**self.position.loss_ema)
+        self.report.print(f"rolled back to step {step:,}; batches left out: {self.position.skipped}")
+        return step
+
+    def restore(self, resume: str) -> int:
+        """Bring state and position from a checkpoint, or draw a new state; returns the step, and prints what was considered."""
+        choice = choose(resume, self.folder / "checkpoints")
+        if launch.is_main():
+            print("\n".join(f"resume: {line}" for line in choice.considered))
+        if choice.path is None:
+            self.state, self.position = self.setup.init(), Position()
+        else:
+            record = read_record(choice.path)
+            check_same_run(record, record.config, self._data_identity(), choice.path)
+            self.state = restore(choice.path, self.setup.abstract_state)
+            self.position = Position(**record.extra["position"])
+        if self.checkpoints is None:
+            folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
+            self.checkpoints = Checkpoints(folder, resumed_from=choice.step, keep=keep)
+        else:
+            self.checkpoints.rolled_back(choice.step or 0)
+        return choice.step or 0
+
+    def _save(self, step: int) -> bool:
+        with self.timer.pause():
+            record = Record(step, dataclasses.asdict(self.config), self._data_identity(), {"position": self.position.as_json()})
+            self.checkpoints.save(step, self.state, record)
+        return True
+
+    def _data_identity(self) -> dict[str, str]:
+        return {"fingerprint": self.data.fingerprint}
+
+    def evaluated_parameters(self) -> Any:
+        """The weights that are evaluated: their average where there is one."""
+        return self.state.average or self.state.trainable
+
+    def _evaluate(self, step: int) -> None:
+        with self.timer.pause():
+            found = self.evaluate(self.config.evaluate.batches)
+        row = {f"evaluation/{name}": value for name, value in found._asdict().items() if math.isfinite(value)}
+        self.writers.write(step, row)
+        shown = f"bits per byte {found.bits_per_byte:.4f}" if math.isfinite(found.bits_per_byte) else f"accuracy {found.accuracy:.4f}"
+        self.report.print(f"evaluation at step {step:,}: loss {found.loss:.4f} +- {found.loss_error:.4f}, {shown}")
+
+    def evaluate(self, batches: int) -> likelihood.Likelihood:
+        """Likelihood of the first `batches` held-out batches."""
+        step = self.setup.evaluate(self.setup.stage(int(jax.device_get(self.state.step))), False)
+        parameters = self.evaluated_parameters()
+        return likelihood.evaluate(lambda batch: step(parameters, batch), self.held_out(batches), metrics.fetch)
+
+    def held_out(self, batches: int) -> Iterator[dict[str, jax.Array]]:
+        """The first held-out batches on their devices."""
+        rows = launch.process_rows(self.config.batch_size, self.setup.mesh)
+        for batch in self.data.evaluation_batches(batches, rows):
+            yield launch.global_batch(batch, self.setup.mesh, self.config.batch_size)

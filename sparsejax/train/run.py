@@ -1,0 +1,101 @@
+"""`experiments.train`: one config, one run folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sparsejax import config_text
+from sparsejax.config import ExperimentConfig, finalize
+from sparsejax.data.pipeline import DataPipeline, build_data
+from sparsejax.models.sizes import ffn_comparison
+from sparsejax.parallel import launch
+from sparsejax.train import metrics
+from sparsejax.train.final import describe, finish
+from sparsejax.train.loop import Trainer
+from sparsejax.train.setup import compile_ahead, parameter_table, prepare, summary
+
+
+def train(
+    config: ExperimentConfig,
+    *,
+    base: ExperimentConfig | None = None,
+    out: str | os.PathLike[str] = "",
+    resume: str = "auto",
+    command: str = "",
+) -> dict[str, Any]:
+    """Train to `config.steps` in the run folder `out`, going on from what `resume` finds there; the result as JSON values.
+
+    Args:
+      config: finalized (`sparsejax.config.finalize`).
+      base: what the resolved config is printed against; default: the same.
+      out: run folder; default runs/NAME.
+      resume: auto | never | step=N | path of a checkpoint.
+      command: the command line, for the record.
+    Raises:
+      ConfigError: anything about config, data, folder or checkpoint that does not fit, before the first step.
+    """
+    start = time.perf_counter()
+    launch.initialize()
+    folder = Path(out or Path("runs") / config.name)
+    say = print if launch.is_main() else _silent
+    data = build_data(config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=config.seed)
+    config = _with_data(config, data)
+    setup = prepare(config, data.batch_spec(), byte_lengths(data))
+    metrics.check_writers(config.log.writers)
+    diff = config_text.diff(config, base or config)
+    say("\n".join(["config, as far as it differs from the file:", *(f"  {line}" for line in diff)]))
+    say(parameter_table(setup))
+    say(ffn_comparison(config.model))
+    trainer = Trainer(setup, data, folder)
+    _claim_folder(folder, config)
+    compile_seconds = compile_ahead(setup)
+    say("\n".join(summary(setup)))
+    say("\n".join(data.describe()))
+    first = trainer.restore(resume)
+    began = time.perf_counter()
+    finished = trainer.run()
+    train_seconds = time.perf_counter() - began
+    if not finished:
+        return {"name": config.name, "finished": False, "step": int(jax.device_get(trainer.state.step)), "folder": str(folder)}
+    seconds = {
+        "compile_seconds": compile_seconds,
+        "train_seconds": train_seconds,
+        "tokens_per_second": trainer.timer.tokens_per_second,
+        "steps_run": config.steps - first,
+    }
+    result = finish(trainer, command, diff, seconds)
+    say("\n".join(describe(result, folder)))
+    say(f"total {time.perf_counter() - start:.1f} s")
+    return {**result, "finished": True, "folder": str(folder)}
+
+
+def _silent(*values: Any) -> None:
+    """Hosts other than the first print nothing."""
+
+
+def _with_data(config: ExperimentConfig, data: DataPipeline) -> ExperimentConfig:
+    """The config with what only the data knows: vocabulary or classes."""
+    return finalize(config, vocab_size=data.vocab_size, num_classes=data.num_classes, device_count=jax.device_count())
+
+
+def byte_lengths(data: DataPipeline) -> Any:
+    """UTF-8 bytes per token id, for bits per byte; None where the data is not text."""
+    return None if data.tokenizer is None else data.tokenizer.token_bytes
+
+
+def _claim_folder(folder: Path, config: ExperimentConfig) -> None:
+    """Write the config into a new run folder; refuse one that belongs to another config."""
+    saved = folder / "config.json"
+    if saved.exists():
+        before = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
+        config_text.require_same(config, before, folder=str(folder))
+    launch.barrier("folder read")
+    if launch.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        saved.write_text(config_text.to_json(config), encoding="utf-8")
+        (folder / "config.txt").write_text(config_text.to_text(config), encoding="utf-8")

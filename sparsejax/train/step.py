@@ -1,0 +1,221 @@
+"""One optimizer step: loss over microbatches, gradients, clipping, update, guard. Pure, compiled once per (stage, watch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from sparsejax.config import ExperimentConfig
+from sparsejax.context import Context, Probe, Stat
+from sparsejax.evaluate.likelihood import label_sums, token_sums
+from sparsejax.models.transformer import Transformer
+from sparsejax.nnx_compat import Structure
+from sparsejax.train import watch as watching
+from sparsejax.train.loss import Outputs, chunks_for, per_token, score, score_chunked
+from sparsejax.train.optim import clip_by_norm
+from sparsejax.train.state import TrainState, build
+
+Batch = dict[str, Array]
+GUARD_DECAY = 0.98
+
+
+def model_outputs(
+    model: Transformer, batch: Batch, ctx: Context, devices: int
+) -> tuple[Outputs, dict[str, dict[str, Stat]]]:
+    """Sums over the batch's scored positions, and the statistics the model left."""
+    h, stats, _ = model.features(batch, ctx)
+    if "labels" in batch:
+        return score(model.logits(h, ctx), batch["labels"], batch["weights"]), stats
+    config = model.config.value
+    chunks = chunks_for(*batch["targets"].shape, config.vocab_size, devices)
+    outputs = score_chunked(
+        lambda piece: model.logits(piece, ctx), h, batch["targets"], batch["weights"], chunks=chunks
+    )
+    return outputs, stats
+
+
+def loss_function(
+    structure: Structure, config: ExperimentConfig, objectives: tuple[Any, ...], devices: int
+) -> Callable[..., tuple[Array, tuple[Outputs, dict[str, Any], dict[str, Array]]]]:
+    """`loss(trainable, batch, ctx, denominators)`: this microbatch's share of the loss of the whole batch."""
+
+    def loss(trainable: Any, batch: Batch, ctx: Context, denominators: list[Array]) -> tuple[Array, Any]:
+        model = build(structure, trainable, config.model.dtype)
+        outputs, stats = model_outputs(model, batch, ctx, devices)
+        terms = {
+            name: term.numerator(outputs, batch, stats, ctx.step) / denominator
+            for name, term, denominator in zip(config.objectives, objectives, denominators, strict=True)
+        }
+        return sum(terms.values(), jnp.zeros((), jnp.float32)), (outputs, stats, terms)
+
+    return loss
+
+
+def gradients_of(
+    loss: Callable[..., Any], trainable: Any, batch: Batch, ctx: Context, objectives: tuple[Any, ...], accumulate: int
+) -> tuple[Any, Array, Outputs, dict[str, Any], dict[str, Array]]:
+    """(gradients, loss, outputs, stats, terms) of the whole batch, taken in `accumulate` microbatches.
+
+    Denominators are computed for the whole batch first, so ragged masks give the large batch's gradient and not a mean of means.
+    """
+    denominators = [jnp.maximum(term.denominator(batch), 1e-9) for term in objectives]
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if accumulate == 1:
+        (value, (outputs, stats, terms)), gradients = value_and_grad(trainable, batch, ctx, denominators)
+        return gradients, value, outputs, stats, terms
+
+    def split(x: Array) -> Array:
+        # Microbatch a takes rows a, a + A, ...: each keeps the batch's sharding over all devices.
+        return jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
+
+    def body(total: Any, xs: tuple[Batch, Array]) -> tuple[Any, Any]:
+        microbatch, index = xs
+        here = ctx._replace(rng=jax.random.fold_in(ctx.rng, index))
+        (value, (outputs, stats, terms)), gradients = value_and_grad(trainable, microbatch, here, denominators)
+        total = jax.tree.map(jnp.add, total, (gradients, value, outputs, terms))
+        return total, stats
+
+    shapes = jax.eval_shape(
+        lambda b: value_and_grad(trainable, b, ctx, denominators), jax.tree.map(lambda x: split(x)[0], batch)
+    )
+    (value, (outputs, _, terms)), gradients = shapes
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (gradients, value, outputs, terms))
+    (gradients, value, outputs, terms), stats = jax.lax.scan(body, zeros, (jax.tree.map(split, batch), jnp.arange(accumulate)))
+    return gradients, value, outputs, _reduce_microbatches(stats), terms
+
+
+def _reduce_microbatches(stats: dict[str, Any]) -> dict[str, Any]:
+    reductions = {"sum": jnp.sum, "max": jnp.max, "mean": jnp.mean}
+    return jax.tree.map(
+        lambda stat: Stat(reductions[stat.reduction](stat.value, axis=0), stat.reduction),
+        stats,
+        is_leaf=lambda v: isinstance(v, Stat),
+    )
+
+
+def make_train_step(
+    structure: Structure,
+    config: ExperimentConfig,
+    objectives: tuple[Any, ...],
+    transformation: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    devices: int,
+    stage: int = 0,
+    watch: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """`step(state, batch) -> (state, metrics)`.
+
+    Args:
+      stage: the schedule boundary that the step has reached (see `Context.stage`).
+      watch: also measure what `train.watch` measures; a static choice.
+    """
+    loss = loss_function(structure, config, objectives, devices)
+    probes: tuple[Probe, ...] = tuple(probe for term in objectives for probe in term.probes())
+    if watch:
+        probes += watching.probes(config.data.sequence_length)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        ctx = Context(step=state.step, rng=key, mode="train", stage=stage, probes=probes)
+        gradients, value, outputs, stats, terms = gradients_of(
+            loss, state.trainable, batch, ctx, objectives, config.accumulate
+        )
+        norm = optax.global_norm(gradients)
+        gradients = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
+        updates, optimizer = transformation.update(gradients, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        good, guard = _guard(config, state.guard, value, norm)
+        new = state._replace(
+            trainable=trainable,
+            optimizer=optimizer,
+            average=_average(state.average, trainable, config.optimizer.ema_decay),
+            guard=guard,
+        )
+        if config.checkpoint.on_nan == "skip":
+            new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        metrics = {
+            "loss": value,
+            "nll": outputs.nll_sum / jnp.maximum(outputs.weight_sum, 1e-9),
+            "accuracy": outputs.correct_sum / jnp.maximum(outputs.weight_sum, 1e-9),
+            "tokens": outputs.weight_sum,
+            "gradient_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "bad": ~good,
+            **{f"loss/{name}": term for name, term in terms.items() if len(terms) > 1},
+        }
+        if watch:
+            metrics["watch"] = watching.summarize(stats)
+            metrics |= watching.norms(structure, param=state.trainable, grad=gradients, update=updates)
+        return new._replace(step=state.step + 1), metrics
+
+    return step
+
+
+def _guard(config: ExperimentConfig, guard: dict[str, Array], loss: Array, norm: Array) -> tuple[Array, dict[str, Array]]:
+    """Whether the step is usable, and the guard's EMA with a usable loss taken in."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    ema = guard["loss_ema"] / jnp.maximum(guard["weight"], 1e-9)
+    factor = config.checkpoint.spike_factor
+    spike = (loss > factor * ema) & (guard["weight"] > 1 - GUARD_DECAY**20) if factor else jnp.zeros((), bool)
+    good = finite & ~spike
+    blend = {"loss_ema": jnp.where(finite, loss, 0.0), "weight": jnp.ones((), jnp.float32)}
+    taken = {k: GUARD_DECAY * guard[k] + (1 - GUARD_DECAY) * blend[k] for k in guard}
+    return good, jax.tree.map(lambda a, b: jnp.where(good, a, b), taken, guard)
+
+
+def _average(average: Any, trainable: Any, decay: float) -> Any:
+    if not decay:
+        return average
+    return jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, average, trainable)
+
+
+def make_evaluation_step(
+    structure: Structure,
+    config: ExperimentConfig,
+    *,
+    devices: int,
+    stage: float,
+    watch: bool,
+    byte_lengths: np.ndarray | None,
+) -> Callable[[Any, Batch], dict[str, Any]]:
+    """`evaluate(trainable, batch) -> {nll, weight, bytes, correct: [B]}` per sequence, in inference mode; with `watch` also the
+    zeros and entries of the FFN hidden vector per layer, under "counts"."""
+    probes = watching.probes(config.data.sequence_length) if watch else ()
+
+    def evaluate(trainable: Any, batch: Batch) -> dict[str, Any]:
+        model = build(structure, trainable, config.model.dtype)
+        ctx = Context(mode="prefill", stage=stage, probes=probes)
+        h, stats, _ = model.features(batch, ctx)
+        if "labels" in batch:
+            sums: dict[str, Any] = label_sums(model.logits(h, ctx), batch["labels"], batch["weights"])
+        else:
+            sums = _sequence_sums(model, h, batch, ctx, devices, byte_lengths)
+        return {**sums, "counts": watching.zero_counts(stats)} if watch else sums
+
+    return evaluate
+
+
+def _sequence_sums(
+    model: Transformer, h: Array, batch: Batch, ctx: Context, devices: int, byte_lengths: np.ndarray | None
+) -> dict[str, Array]:
+    """`evaluate.likelihood.token_sums` piece by piece along the sequence."""
+    chunks = chunks_for(*batch["targets"].shape, model.config.value.vocab_size, devices)
+    lengths = None if byte_lengths is None else jnp.asarray(byte_lengths, jnp.float32)
+
+    def pieces(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+
+    def piece(xs: tuple[Array, Array, Array]) -> dict[str, Array]:
+        h_piece, targets, weights = xs
+        nll, _, correct = per_token(model.logits(h_piece, ctx), targets)
+        return token_sums(nll, weights, targets, lengths, correct)
+
+    found = jax.lax.map(piece, (pieces(h), pieces(batch["targets"]), pieces(batch["weights"])))
+    return jax.tree.map(lambda a: jnp.sum(a, axis=0), found)

@@ -1,4 +1,4 @@
-"""Every plug point in one model: trained top-k, int8 quantization-aware training, experts, and a scheduled L1 on the hidden vector.
+"""Every plug point in one model: trained top-k, int8 quantization-aware training, experts, scheduled L1 on the hidden vector.
 
     python -m experiments.train --config configs/tiny_everything.py
 

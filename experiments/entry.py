@@ -36,7 +36,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from absl import flags as absl_flags
 from ml_collections import config_flags
@@ -46,11 +46,9 @@ from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.config_text import check_path, from_json
 from sparsejax.plugs import ConfigError, check, nearest, parse_int
 
-Flags = TypeVar("Flags")
-
 
 @dataclasses.dataclass
-class Call(Generic[Flags]):
+class Call[Flags]:
     """What a verb was called with.
 
     config: finalized, with overrides; None where the verb takes none and none was given.
@@ -88,7 +86,7 @@ def run(
     """Run a verb and leave the process.
 
     Args:
-      main: does the work, prints for people, returns the result as JSON values (numpy scalars and dataclasses included) or None.
+      main: does the work, prints for people, returns the result as JSON values (arrays and dataclasses included) or None.
       flags: a dataclass; each field (str, int, float, bool or tuple[str, ...]) is a flag.
       config: whether `--config` must be given.
       names: what positional arguments are, e.g. "claim"; none are accepted when empty.
@@ -102,7 +100,7 @@ def run(
         if json_path:
             write_json(json_path, result)
     except ConfigError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     sys.exit(0)
 
@@ -157,7 +155,10 @@ def load_config(spec: str) -> ExperimentConfig:
         siblings = [str(p) for pattern in ("*.py", "*.json") for p in path.parent.glob(pattern)] if path.parent.is_dir() else []
         raise ConfigError(f"--config = {path_text!r}: there is no such file.{nearest(path_text, siblings)}")
     if path.suffix == ".json":
-        return from_json(path.read_text(encoding="utf-8"), ExperimentConfig, path_text)
+        try:
+            return from_json(path.read_text(encoding="utf-8"), ExperimentConfig, path_text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--config = {path_text!r}: cannot be read ({error})") from error
     module = _execute(path)
     get_config = getattr(module, "get_config", None)
     check(callable(get_config), "--config", path_text, "the file has no function get_config(arg)")

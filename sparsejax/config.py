@@ -71,7 +71,8 @@ def _derive(config: ExperimentConfig, specs: dict[str, Any], vocab_size: int | N
     """Fill in the zeros that mean "derive it"."""
     model, a = config.model, config.model.attention
     if not a.head_dim:
-        check(model.d_model % a.num_heads == 0, "model.attention.num_heads", a.num_heads, f"must divide d_model = {model.d_model}")
+        check(model.d_model % a.num_heads == 0, "model.attention.num_heads", a.num_heads,
+              f"must divide d_model = {model.d_model}")
     a.head_dim = a.head_dim or model.d_model // a.num_heads
     a.num_kv_heads = a.num_kv_heads or a.num_heads
     if model.kind == "encoder_decoder":
@@ -91,19 +92,18 @@ def _derive_outputs(config: ExperimentConfig, specs: dict[str, Any], vocab_size:
     """What the head predicts; stays 0 where only the data tells and has not been opened."""
     model, source = config.model, specs["source"]
     if model.kind != "vit":
-        vocab_size = vocab_size or _declared_vocab_size(specs, config.data.sequence_length)
-        model.vocab_size = model.vocab_size or vocab_size or 0
-        check(not vocab_size or model.vocab_size >= vocab_size, "model.vocab_size", model.vocab_size,
-              f"the {'symbols of ' + config.data.source if source.content == 'symbols' else 'tokenizer'} needs {vocab_size}")
+        needed = vocab_size or _declared_vocab_size(specs, config.data.sequence_length) or 0
+        model.vocab_size = model.vocab_size or needed
+        check(model.vocab_size >= needed, "model.vocab_size", model.vocab_size,
+              f"the {'symbols of ' + config.data.source if source.content == 'symbols' else 'tokenizer'} needs {needed}")
     else:
         check(not model.vocab_size, "model.vocab_size", model.vocab_size, "a vit reads no tokens")
     if config.data.task != "classification":
         check(not model.num_classes, "model.num_classes", model.num_classes, f"data.task is {config.data.task!r}")
         return
-    num_classes = num_classes or getattr(source, "num_classes", 0)
-    model.num_classes = model.num_classes or num_classes
-    check(not num_classes or model.num_classes >= num_classes, "model.num_classes", model.num_classes,
-          f"{config.data.source} has {num_classes}")
+    found = num_classes or int(getattr(source, "num_classes", 0) or 0)
+    model.num_classes = model.num_classes or found
+    check(model.num_classes >= found, "model.num_classes", model.num_classes, f"{config.data.source} has {found}")
 
 
 def _declared_vocab_size(specs: dict[str, Any], length: int) -> int | None:

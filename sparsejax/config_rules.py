@@ -13,7 +13,7 @@ from sparsejax.config_text import leaves
 from sparsejax.context import site_matches
 from sparsejax.layers.linear import Init, SiteRules
 from sparsejax.models.config import ModelConfig
-from sparsejax.models.sizes import linear_shapes
+from sparsejax.models.sizes import has_head, linear_shapes
 from sparsejax.nnx_compat import ROLES, Structure
 from sparsejax.parallel.mesh import AXES, mesh_sizes
 from sparsejax.parallel.rules import check_batch
@@ -138,7 +138,8 @@ def check_fields(config: ExperimentConfig) -> None:
     for path in ("model.attention_pattern", "model.feed_pattern", "objectives"):
         check(leaves(config)[path], path, (), "must not be empty")
     name = config.name
-    check(name.strip() and name not in (".", "..") and not set(name) & set("/\\\0\n"), "name", name, "must be the name of a folder")
+    usable = name.strip() and name not in (".", "..") and not set(name) & set("/\\\0\n")
+    check(usable, "name", name, "must be the name of a folder")
     check_choice("model.remat", config.model.remat, _remat_names(config.model.remat))
     _check_rope_scaling(config.model.positions.rope.scaling)
 
@@ -203,8 +204,7 @@ def check_model(model: ModelConfig) -> None:
     check(not norm.bias or norm.kind == "layer", "model.norm.bias", norm.bias, f"norm.kind {norm.kind!r} has no bias")
     check(not norm.plus_one or norm.kind != "none", "model.norm.plus_one", norm.plus_one, "norm.kind is 'none'")
     check(norm.kind != "none" or model.block not in ("post", "sandwich"), "model.block", model.block, "norm.kind is 'none'")
-    has_head = not model.tied_embeddings or model.num_classes
-    check(not model.head_bias or has_head, "model.head_bias", model.head_bias, "a tied head has no bias of its own")
+    check(not model.head_bias or has_head(model), "model.head_bias", model.head_bias, "a tied head has no bias of its own")
     Init.parse(model.init)
     _check_kind(model)
 
@@ -214,7 +214,8 @@ def _check_kind(model: ModelConfig) -> None:
     kind, vision = model.kind, model.vision
     check(not model.encoder_layers or kind == "encoder_decoder", "model.encoder_layers", model.encoder_layers,
           f"model.kind {kind!r} has no second stack; set num_layers")
-    check(not model.token_types or kind == "encoder", "model.token_types", model.token_types, f"model.kind is {kind!r}, not 'encoder'")
+    check(not model.token_types or kind == "encoder", "model.token_types", model.token_types,
+          f"model.kind is {kind!r}, not 'encoder'")
     check(not (kind == "encoder_decoder" and model.block == "parallel"), "model.block", model.block,
           "cross-attention reads what self-attention has added; a parallel block has no such order")
     if kind != "vit":
@@ -228,7 +229,8 @@ def _check_kind(model: ModelConfig) -> None:
 def check_task(config: ExperimentConfig, specs: dict[str, Any]) -> None:
     """Whether the model can be trained on this task, and the task be made of this source."""
     kind, task, source, length = config.model.kind, specs["task"], specs["source"], config.data.sequence_length
-    check(kind in task.model_kinds, "data.task", config.data.task, f"does not fit model.kind = {kind!r}, only {_listed(task.model_kinds)}")
+    check(kind in task.model_kinds, "data.task", config.data.task,
+          f"does not fit model.kind = {kind!r}, only {_listed(task.model_kinds)}")
     check(source.content in task.content, "data.source", config.data.source,
           f"holds {source.content}, data.task = {config.data.task!r} needs {_listed(task.content)}")
     check((source.content == "images") == (kind == "vit"), "data.source", config.data.source,

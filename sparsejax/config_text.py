@@ -10,11 +10,9 @@ import math
 import os
 import typing
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from sparsejax.plugs import ConfigError, check, nearest
-
-Config = TypeVar("Config")
 
 # What may change when a run is resumed: where and how often things are written, and how the same sums are placed on devices.
 RESUME_MAY_CHANGE = (
@@ -62,7 +60,7 @@ def check_path(cls: type, path: str, shown: str = "") -> Any:
     return types[path]
 
 
-def checked(config: Config, prefix: str = "") -> Config:
+def checked[Config](config: Config, prefix: str = "") -> Config:
     """A deep copy whose every field holds what its annotation says; an int is taken for a float.
 
     Raises:
@@ -104,7 +102,7 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False) + "\n"
 
 
-def from_json(text: str, cls: type[Config], where: str = "config.json") -> Config:
+def from_json[Config](text: str, cls: type[Config], where: str = "config.json") -> Config:
     """The config that `to_json` wrote; a field that the text lacks keeps its default.
 
     Args:
@@ -124,7 +122,7 @@ def from_json(text: str, cls: type[Config], where: str = "config.json") -> Confi
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _build(cls: type[Config], values: Any, prefix: str) -> Config:
+def _build[Config](cls: type[Config], values: Any, prefix: str) -> Config:
     check(isinstance(values, dict), prefix.rstrip(".") or "the top level", values, "expected a JSON object")
     hints = typing.get_type_hints(cls)
     given = {}
@@ -161,4 +159,5 @@ def require_same(
         if value != saved[path] and not any(fnmatch.fnmatchcase(path, glob) for glob in ignore)
     ]
     if differing:
-        raise ConfigError(f"run folder {str(folder or folder_config.name)!r} belongs to another config:\n" + "\n".join(differing))
+        name = str(folder or folder_config.name)
+        raise ConfigError(f"run folder {name!r} belongs to another config:\n" + "\n".join(differing))

@@ -121,12 +121,12 @@ REFUSED = [
     (dict(mesh__data=1, mesh__tensor=3), ["mesh", "3"]),
     (dict(batch_size=12), ["batch_size = 12", "8"]),
     (dict(mesh__tensor=8), ["model.attention.num_heads = 4", "mesh.tensor = 8"]),
-    (dict(mesh__expert=4, model__feed_pattern=("ffn", "moe:experts=6")), ["model.feed_pattern[1]: experts = 6", "mesh.expert = 4"]),
+    (dict(mesh__expert=4, model__feed_pattern=("moe:experts=6",)), ["model.feed_pattern[0]: experts = 6", "mesh.expert = 4"]),
     (dict(mesh__sequence=8, data__sequence_length=100), ["data.sequence_length = 100", "mesh.sequence = 8"]),
 ]
 
 
-@pytest.mark.parametrize(("fields", "parts"), REFUSED, ids=[", ".join(f"{k}={v!r}" for k, v in f.items())[:60] for f, _ in REFUSED])
+@pytest.mark.parametrize(("fields", "parts"), REFUSED, ids=[str(f)[:60] for f, _ in REFUSED])
 def test_a_config_that_cannot_be_used_is_refused_in_the_users_terms(fields, parts):
     with pytest.raises(ConfigError) as caught:
         finalize(with_fields(**fields), device_count=8)
@@ -146,6 +146,8 @@ USABLE = [
     dict(optimizer__name="sgd", optimizer__weight_decay=0.0, optimizer__arguments="momentum=0.9,nesterov=true"),
     dict(data__source="listops", data__task="classification", model__kind="encoder"),
     dict(model__weights=("blocks.0.attn.q=int4", "blocks.**=int8"), model__inputs=("blocks.*.mlp.down=topk:k=512",)),
+    {**VIT, "model__inputs": ("head=int8",), "model__head_bias": True},
+    dict(data__tokenizer="file:not-opened.json", model__tied_embeddings=False, model__weights=("head=int8",)),
     VIT,
     PAIRED,
 ]
@@ -188,7 +190,8 @@ def test_the_mesh_is_checked_against_the_devices_only_where_their_number_is_know
 
 
 def test_every_field_has_a_rule():
-    ruled = {*config_rules.CHOICES, *config_rules.ITEM_CHOICES, *config_rules.BOUNDS, *config_rules.FREE_TEXT, *config_rules.SPECS}
+    tables = (config_rules.CHOICES, config_rules.ITEM_CHOICES, config_rules.BOUNDS, config_rules.FREE_TEXT, config_rules.SPECS)
+    ruled = {path for table in tables for path in table}
     fields = config_text.leaves(ExperimentConfig())
     assert ruled == {path for path, value in fields.items() if not isinstance(value, bool)}
 

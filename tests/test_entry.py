@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from experiments import entry
-from sparsejax.config import ExperimentConfig
 from sparsejax.plugs import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +55,8 @@ def test_a_whole_number_may_be_written_with_an_exponent(text, steps):
         (["--config.model.inputs=blocks.*.{attn.q,attn.k}=int8:start=3"], ("blocks.*.{attn.q,attn.k}=int8:start=3",)),
         (["--config.model.inputs=blocks.*.attn.*=int8", "--config.model.inputs=blocks.*.mlp.*=int8"],
          ("blocks.*.attn.*=int8", "blocks.*.mlp.*=int8")),
-        (["--config.model.inputs=('blocks.*.attn.*=int8', 'blocks.*.mlp.*=int8')"], ("blocks.*.attn.*=int8", "blocks.*.mlp.*=int8")),
+        (["--config.model.inputs=('blocks.*.attn.*=int8', 'blocks.*.mlp.*=int8')"],
+         ("blocks.*.attn.*=int8", "blocks.*.mlp.*=int8")),
         (["--config.model.inputs="], ()),
         (["--config.model.inputs=()"], ()),
     ],
@@ -89,7 +89,11 @@ def test_positional_names_are_taken_where_the_verb_wants_them():
 
 def test_a_config_file_needs_no_repository(tmp_path):
     path = tmp_path / "own.py"
-    path.write_text("from sparsejax.config import ExperimentConfig\ndef get_config(arg=''): return ExperimentConfig(name=arg or 'own')\n")
+    path.write_text(
+        "from sparsejax.config import ExperimentConfig\n"
+        "def get_config(arg=''):\n"
+        "    return ExperimentConfig(name=arg or 'own')\n"
+    )
     assert parse(f"--config={path}:mine").config.name == "mine"
     saved = tmp_path / "config.json"
     saved.write_text('{"name": "saved", "steps": 3}')
@@ -163,6 +167,13 @@ def test_a_broken_config_file_is_named_with_its_line(tmp_path, text, parts):
         assert part in str(caught.value)
 
 
+def test_a_saved_config_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes('{"name": "é"}'.encode("latin-1"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        parse(f"--config={path}")
+
+
 def test_a_refusal_is_one_message_and_status_two(capsys):
     def main(call):
         raise ConfigError("steps = 3: too few")
@@ -170,7 +181,7 @@ def test_a_refusal_is_one_message_and_status_two(capsys):
     with pytest.raises(SystemExit) as left:
         entry.run(main, config=False, argv=["prog"])
     assert left.value.code == 2
-    assert capsys.readouterr() == ("", "ConfigError: steps = 3: too few\n")
+    assert capsys.readouterr() == ("", "error: steps = 3: too few\n")
 
 
 def test_other_errors_are_not_dressed_up_as_refusals():
@@ -190,7 +201,8 @@ def test_the_result_is_written_as_strict_json(tmp_path):
     path = tmp_path / "new" / "result.json"
 
     def main(call):
-        return {"rows": (Row("a", np.float32(0.5)),), "mfu": math.nan, "counts": np.arange(3), "path": Path("x"), "none": None, "ok": True}
+        rows = (Row("a", np.float32(0.5)),)
+        return {"rows": rows, "mfu": math.nan, "counts": np.arange(3), "path": Path("x"), "none": None, "ok": True}
 
     with pytest.raises(SystemExit) as left:
         entry.run(main, config=False, argv=["prog", f"--json={path}"])

@@ -8,6 +8,7 @@ same on both sides.
 from __future__ import annotations
 
 import bisect
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ class Mixture:
 
     def draw(self, random: np.random.Generator) -> Denoiser:
         """One denoiser."""
-        return self.denoisers[int(random.choice(len(self.denoisers), p=self.probabilities))]
+        return self.denoisers[bisect.bisect(list(itertools.accumulate(self.probabilities[:-1])), random.random())]
 
 
 R3, R8 = Denoiser("R", 3, 0.15), Denoiser("R", 8, 0.15)

@@ -27,7 +27,7 @@ from sparsejax.data.vision import ImageSet
 from sparsejax.plugs import check, check_choice, resolve
 
 EVALUATION_SEED = 0  # held-out rows are the same for every training seed
-IN_MEMORY_BYTES = 2 * 2**30  # larger corpora are not tokenized beforehand
+IN_MEMORY_BYTES = 2**30  # larger prepared sets are not tokenized beforehand
 
 
 class Rows(Protocol):
@@ -78,7 +78,9 @@ class TextRows:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return self.spec.build(self.corpus, self._sentinels, self._directories)
+        tokenizer = self.spec.build(self.corpus, self._sentinels, self._directories)
+        self.task.check_tokenizer(tokenizer)
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -100,7 +102,7 @@ class TextRows:
     def _pack(self, split: str) -> PackedRows | SampledRows:
         documents, tokenizer = self.corpus.documents(split), self.tokenizer
         shape = (self.config.sequence_length, self.config.packing, tokenizer.bos_id)
-        if self.corpus.size_bytes > IN_MEMORY_BYTES:
+        if isinstance(self.corpus, tfds_source.PreparedText) and self.corpus.size_bytes > IN_MEMORY_BYTES:
             return SampledRows(len(documents), lambda d: np.append(tokenizer.encode(documents[d]), tokenizer.eos_id), *shape)
         encoded = tokenizer.encode_batch(list(documents))
         return PackedRows(TokenStore.build(encoded, tokenizer.eos_id, tokenizer.vocab_size), *shape)
@@ -288,7 +290,10 @@ class DataPipeline:
         return BatchIterator(self, self.host_rows(process_index, process_count), start_step)
 
     def target_bytes(self, batch: dict[str, np.ndarray]) -> int:
-        """UTF-8 bytes that the batch's weighted targets stand for: nats / bytes / ln 2 is bits per byte."""
+        """UTF-8 bytes that the batch's weighted targets stand for: nats / bytes / ln 2 is bits per byte.
+
+        Ends of documents stand for no bytes, but their nats count.
+        """
         check(self.tokenizer is not None, "data.source", self.config.source, "bits per byte need text")
         assert self.tokenizer is not None
         return int(self.tokenizer.token_bytes[batch["targets"]][batch["weights"] > 0].sum())

@@ -48,6 +48,9 @@ class TextTask:
         """Sentinel ids that the tokenizer must have."""
         return 0
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise a ConfigError where the tokenizer lacks what the task needs."""
+
     def shapes(self, length: int, model_kind: str) -> Shapes:
         """Name -> (shape of one row, dtype)."""
         return RowLayout(length).shapes()
@@ -115,6 +118,9 @@ class MaskedLM(TextTask):
     def __post_init__(self) -> None:
         check(0 < self.rate < 1, "data.task: masked_lm.rate", self.rate, "must lie strictly between 0 and 1")
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        check(tokenizer.mask_id is not None, "data.task", "masked_lm", "the tokenizer file has no mask token")
+
     def row(self, packed: PackedRow, random: np.random.Generator, tokenizer: Tokenizer, length: int, model_kind: str) -> Row:
         candidates = np.flatnonzero(packed.tokens != tokenizer.eos_id)
         count = min(max(1, round(len(candidates) * self.rate)), len(candidates))
@@ -123,6 +129,7 @@ class MaskedLM(TextTask):
         tokens, weights = packed.tokens.copy(), np.zeros(len(packed.tokens), np.float32)
         weights[chosen] = 1
         substitutes = random.integers(0, tokenizer.num_ordinary, count)
+        assert tokenizer.mask_id is not None  # see check_tokenizer
         tokens[chosen] = np.where(action < 0.8, tokenizer.mask_id, np.where(action < 0.9, substitutes, tokens[chosen]))
         return _causal_row(packed, weights, tokenizer, length) | {"tokens": _padded(tokens, length, tokenizer.pad_id)}
 
@@ -244,6 +251,3 @@ class Classification:
 
     content: ClassVar[tuple[str, ...]] = ("images", "symbols")
     model_kinds: ClassVar[tuple[str, ...]] = ("vit", "encoder", "decoder")
-
-    def num_sentinels(self, length: int) -> int:
-        return 0

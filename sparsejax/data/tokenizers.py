@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -22,6 +23,7 @@ from sparsejax.plugs import ConfigError, check, register
 
 BASE_SPECIALS = ("pad", "bos", "eos", "mask")
 MODES = ("R", "S", "X")
+TRAINING_BYTES = 2**26  # of text are enough to train a BPE
 ALIGNMENT = 8  # our own vocabularies are a multiple of it, so that the embedding can be sharded
 
 
@@ -43,6 +45,7 @@ class Tokenizer:
 
     `token_bytes` int32[vocab_size] is the number of UTF-8 bytes each id stands for, 0 for special ids: the sum over the
     targets of a loss in nats, divided by their bytes and by ln 2, is bits per byte, comparable across tokenizers.
+    A file that has no padding or beginning-of-document token uses its end-of-document token for them, as GPT-2 does.
     """
 
     codec: TextCodec
@@ -50,7 +53,7 @@ class Tokenizer:
     pad_id: int
     bos_id: int
     eos_id: int
-    mask_id: int
+    mask_id: int | None  # None: a file without a mask token
     mode_ids: dict[str, int]
     sentinel_ids: np.ndarray
     token_bytes: np.ndarray
@@ -77,7 +80,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special ids are left out, broken UTF-8 becomes U+FFFD."""
-        special = {self.pad_id, self.bos_id, self.eos_id, self.mask_id, *self.mode_ids.values(), *self.sentinel_ids.tolist()}
+        special = {self.pad_id, self.bos_id, self.eos_id, self.mask_id, *self.mode_ids.values(),
+                   *self.sentinel_ids.tolist()}
         return self.codec.decode([int(i) for i in ids if 0 <= i < self.codec.size and int(i) not in special])
 
 
@@ -165,7 +169,7 @@ def _assemble(codec: TextCodec, ids: dict[str, int], vocab_size: int, sentinels:
     token_bytes[: codec.size] = codec.token_bytes()
     token_bytes[list(ids.values())] = 0
     return Tokenizer(codec=codec, vocab_size=vocab_size, pad_id=ids["pad"], bos_id=ids["bos"], eos_id=ids["eos"],
-                     mask_id=ids["mask"], mode_ids={m: ids[m] for m in MODES} if sentinels else {},
+                     mask_id=ids.get("mask"), mode_ids={m: ids[m] for m in MODES} if sentinels else {},
                      sentinel_ids=np.array([ids[f"sentinel{i}"] for i in range(sentinels)], np.int32), token_bytes=token_bytes)
 
 
@@ -231,9 +235,19 @@ def trained_bpe(corpus: TextCorpus, vocab: int) -> LibraryCodec:
             return read_tokenizer_json(path)
         except ConfigError:
             path.unlink()
-    trained = train_bpe(corpus.documents("train"), vocab)
-    _write_atomically(path, trained.to_str())
+    trained = train_bpe(_training_texts(corpus), vocab)
+    try:
+        _write_atomically(path, trained.to_str())
+    except OSError as error:
+        warnings.warn(f"the trained tokenizer could not be kept in {path.parent}: {error}", stacklevel=2)
     return LibraryCodec(trained)
+
+
+def _training_texts(corpus: TextCorpus) -> Iterator[str]:
+    """The training documents, or where they are many, evenly spaced ones of about `TRAINING_BYTES` together."""
+    documents = corpus.documents("train")
+    for index in range(0, len(documents), max(1, corpus.size_bytes // TRAINING_BYTES)):
+        yield documents[index][:TRAINING_BYTES]
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Any:
@@ -251,10 +265,10 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Any:
 
 def _write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def read_tokenizer_json(path: Path) -> LibraryCodec:
@@ -288,7 +302,7 @@ PUBLISHED_NAMES = {
 @register("tokenizer", "file")
 @dataclass(frozen=True)
 class File:
-    """Any `tokenizer.json`; special tokens are found by their published names, those it lacks get ids after its own."""
+    """Any `tokenizer.json`; special tokens are found by their published names, missing sentinels get ids after its own."""
 
     path: str
     takes_path: ClassVar[bool] = True
@@ -303,6 +317,11 @@ class File:
         for name in _special_names(sentinels):
             number = name.removeprefix("sentinel")
             known = PUBLISHED_NAMES.get(name) or (f"<extra_id_{number}>", f"<mask_{number}>")
-            ids[name] = next((codec.vocabulary[k] for k in known if k in codec.vocabulary), next_id)
-            next_id += ids[name] == next_id
+            found = next((codec.vocabulary[k] for k in known if k in codec.vocabulary), None)
+            if found is not None:
+                ids[name] = found
+            elif name not in ("pad", "bos", "mask"):
+                ids[name], next_id = next_id, next_id + 1
+        for name in ("pad", "bos"):
+            ids.setdefault(name, ids["eos"])
         return _assemble(codec, ids, next_id, sentinels)

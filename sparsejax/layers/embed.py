@@ -78,6 +78,6 @@ class PatchEmbedding(Module):
             x = jnp.concatenate([token, x], axis=1)
         if (rows, columns) != (self.grid, self.grid):
             positions = interpolate_positions(
-                positions, (self.grid, self.grid), (rows, columns), prefix=int(self.class_token is not None)
+                positions, (self.grid, self.grid), (rows, columns), class_tokens=int(self.class_token is not None)
             )
         return x + positions.astype(x.dtype)[None]

@@ -66,6 +66,11 @@ def is_gated(config: ModelConfig) -> bool:
     return bool(spec.gated or spec.halves)
 
 
+def has_head(config: ModelConfig) -> bool:
+    """Whether the output head is a linear map of its own; also where the number of its outputs is not known yet."""
+    return config.kind == "vit" or config.num_classes > 0 or not config.tied_embeddings
+
+
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """`{site: (in, out)}` of every linear map in the blocks, for the rules of `inputs` and `weights`; experts share a site."""
     shapes: dict[str, tuple[int, int]] = {}
@@ -76,7 +81,7 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
                 shapes.update(_attention_shapes(config, f"{stack}.{layer}.{part}"))
             feed = feeds[layer % len(feeds)]
             shapes.update({f"{stack}.{layer}.{site}": shape for site, shape in feed.sites.items()})
-    if _head_count(config):
+    if has_head(config):
         shapes["head"] = (config.d_model, config.num_classes or config.vocab_size)
     return shapes
 
@@ -133,8 +138,9 @@ def _stacks(config: ModelConfig) -> list[tuple[str, int, bool]]:
 
 def _attention_shapes(config: ModelConfig, site: str) -> dict[str, tuple[int, int]]:
     a, width = config.attention, config.d_model
-    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    return {f"{site}.q": (width, queries), f"{site}.k": (width, keys), f"{site}.v": (width, keys), f"{site}.o": (queries, width)}
+    queries, keys = (heads * a.head_dim for heads in (a.num_heads, a.num_kv_heads))
+    shapes = {"q": (width, queries), "k": (width, keys), "v": (width, keys), "o": (queries, width)}
+    return {f"{site}.{name}": shape for name, shape in shapes.items()}
 
 
 def _attention_count(config: ModelConfig) -> int:
@@ -169,11 +175,12 @@ def _feed(config: ModelConfig, feed: str) -> _Feed:
     module = jax.eval_shape(lambda: spec.build(config, key=jax.random.key(0), site="mlp", rules=_SiteNames()))
     linears = [leaf for leaf in jax.tree.leaves(module, is_leaf=lambda v: isinstance(v, Linear)) if isinstance(leaf, Linear)]
     shapes = [linear.kernel.get_value().shape for linear in linears]
-    routers = sum(math.prod(shape) for linear, shape in zip(linears, shapes, strict=True) if linear.kernel.role == "router")
-    matrices = sum(math.prod(shape) for shape in shapes) - routers
+    named = list(zip(linears, shapes, strict=True))
+    routers = sum(math.prod(shape) for linear, shape in named if linear.kernel.role == "router")
+    matrices = sum(math.prod(shape) for _, shape in named) - routers
     share = spec.active_fraction() if hasattr(spec, "active_fraction") else 1.0
     return _Feed(
-        sites={linear.inputs[0]: shape[-2:] for linear, shape in zip(linears, shapes, strict=True) if linear.inputs},
+        sites={linear.inputs[0]: shape[-2:] for linear, shape in named if linear.inputs},
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(module)),
         active=matrices * share + routers,
     )
@@ -207,6 +214,6 @@ def _embedding_count(config: ModelConfig) -> int:
 
 
 def _head_count(config: ModelConfig) -> int:
-    if config.tied_embeddings and not config.num_classes:
+    if not has_head(config):
         return 0
     return (config.d_model + config.head_bias) * (config.num_classes or config.vocab_size)

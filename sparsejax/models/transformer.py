@@ -6,6 +6,7 @@ B x T x V numbers at once.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from sparsejax.layers.norm import Norm
 from sparsejax.layers.stack import Stack
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module, weight
-from sparsejax.ops.position_bias import relative_position_bucket
+from sparsejax.ops.position_bias import relative_bias
 from sparsejax.ops.rope import rope_tables
 
 Batch = dict[str, Any]
@@ -164,15 +165,7 @@ def _shared_tables(config: ModelConfig, positions: Array, bias: Any, bidirection
             scaling = "none" if rope.local_theta else rope.scaling
             tables["rope.local"] = rope_tables(positions, head, theta=local, scaling=scaling, **shared)
     if bias is not None:
-
-        def relative_bias(query_positions: Array, key_positions: Array) -> Array:
-            buckets = relative_position_bucket(
-                key_positions[None, :] - query_positions[:, None],
-                bidirectional=bidirectional,
-                num_buckets=config.positions.relative_buckets,
-                max_distance=config.positions.relative_max_distance,
-            )
-            return jnp.transpose(bias[buckets], (2, 0, 1))
-
-        tables["relative_bias"] = relative_bias
+        tables["relative_bias"] = functools.partial(
+            relative_bias, bias, bidirectional=bidirectional, max_distance=config.positions.relative_max_distance
+        )
     return tables

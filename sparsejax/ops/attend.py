@@ -63,8 +63,8 @@ def attend(
         sequences in order need none, since index order agrees with positions inside a segment: giving them costs the
         blocks below the diagonal their saving. For a cache give both, with key ids of 0 where a slot is empty.
       prefix: keys that every query of their segment sees, also from before (prefix-LM).
-      bias: added to the logits: an [H, T, S] or [B, H, T, S] array, or a function of a block's query and key positions, [Tb] and
-        [Sb] (or [B, Tb] and [B, Sb] where positions were given), to [H, Tb, Sb] (or [B, H, Tb, Sb]).
+      bias: added to the logits: an [H, T, S] or [B, H, T, S] array, or a function of a block's query and key positions, [Tb]
+        and [Sb] (or [B, Tb] and [B, Sb] where positions were given), to [H, Tb, Sb] (or [B, H, Tb, Sb]).
       softcap: logits become softcap * tanh(logits / softcap) before bias and mask; 0: off.
       backend: auto | blocked | xla | cudnn; what cannot run falls back to blocked, see `explain_backend`.
       block_size: queries per block of `blocked`; 0 chooses by device and length.
@@ -185,16 +185,18 @@ def default_block_size(length: int, platform: str) -> int:
 
 def trace_platform() -> str:
     """The platform that is being traced for: the ambient mesh's, else the default device's, else the default backend."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if getattr(device, "platform", None):
-        return device.platform
+    meshed = getattr(getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None), "platform", None)
+    if meshed:
+        return meshed
     default = jax.config.jax_default_device
-    if default is not None:
-        return default if isinstance(default, str) else default.platform
-    return jax.default_backend()
+    if isinstance(default, jax.Device):
+        return default.platform
+    return default or jax.default_backend()
 
 
-def _choose(q: Array, k: Array, v: Array, visibility: Visibility, has_bias: bool, softcap: float, backend: str) -> BackendChoice:
+def _choose(
+    q: Array, k: Array, v: Array, visibility: Visibility, has_bias: bool, softcap: float, backend: str
+) -> BackendChoice:
     check_choice("attention.backend", backend, BACKENDS)
     platform = trace_platform()
     if backend in ("blocked", "xla"):

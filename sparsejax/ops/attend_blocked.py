@@ -1,8 +1,8 @@
 """Attention by blocks of queries: each block reads only the keys that its queries can see, so no T x S array is made.
 
 Measured on 2 CPU cores (fp32, forward + backward of 8 x 256 x 8 heads x 32): blocks of 64 take 18 ms, 128 25 ms, a full
-masked softmax 53 ms. The blocks are chained by an optimization barrier: without it XLA:CPU keeps the logits of all blocks alive,
-which at T = 1024 costs 2.5x the memory and 2x the time of the forward pass (fresh pages, cold caches).
+masked softmax 53 ms. The blocks are chained by an optimization barrier: without it XLA:CPU keeps the logits of all blocks
+alive, which at T = 1024 costs 2.5x the memory and 2x the time of the forward pass (fresh pages, cold caches).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from sparsejax.ops.attend_visibility import Visibility
 
 Bias = Array | Callable[[Array, Array], Array]
 
-# Probabilities kept for the backward pass are 10 MiB a layer at 8 x 256 x 8 heads, but grow as T * S; recomputing them costs 15 %.
+# Probabilities kept for the backward pass take 10 MiB a layer at 8 x 256 x 8 heads, but grow as T * S; to recompute them
+# costs 15 % of the attention's time.
 _LARGEST_KEPT = 512 * 512
 
 
@@ -47,7 +48,7 @@ def attention_weights(
     if visible is not None:
         # Added rather than selected: a select would keep its T x S predicate for the backward pass.
         hidden = jnp.where(visible, 0.0, -jnp.inf).astype(precise)[:, None]
-        logits = logits + (jnp.tile(hidden, (1, 1, repeats, 1)) if repeats > 1 else hidden)
+        logits = logits + (hidden if hidden.shape[2] == 1 else jnp.tile(hidden, (1, 1, repeats, 1)))
     peak = lax.stop_gradient(logits.max(-1, keepdims=True))
     logits = logits - jnp.where(peak == -jnp.inf, 0.0, peak)
     weights = jnp.exp(logits)
@@ -89,8 +90,15 @@ def blocked_attention(
 
 
 def _attend_block(
-    query: Array, key: Array, value: Array, visibility: Visibility, queries: tuple[int, int], bias: Bias | None,
-    softcap: float, scale: float, recompute: bool,
+    query: Array,
+    key: Array,
+    value: Array,
+    visibility: Visibility,
+    queries: tuple[int, int],
+    bias: Bias | None,
+    softcap: float,
+    scale: float,
+    recompute: bool,
 ) -> Array:
     keys = visibility.key_range(*queries)
 
@@ -112,4 +120,3 @@ def block_bias(bias: Bias | None, visibility: Visibility, queries: tuple[int, in
     if callable(bias):
         return bias(*visibility.block_positions(queries, keys))
     return bias[..., queries[0] : queries[1], keys[0] : keys[1]]
-

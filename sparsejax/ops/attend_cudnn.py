@@ -43,10 +43,10 @@ def cudnn_attention(
     """Attention of operands for which `why_not_cudnn` is empty."""
     causal = visibility.causal and visibility.prefix is None
     window = (visibility.window - 1, 0) if visibility.window else None
-    visible = None
-    if visibility.depends_on_data:
-        visible = visibility.block((0, visibility.num_queries), (0, visibility.num_keys))
-        visible = jnp.broadcast_to(visible, (q.shape[0], *visible.shape[1:]))
+    whole = (0, q.shape[1]), (0, k.shape[1])
+    visible = visibility.block(*whole) if visibility.depends_on_data else None
+    if visible is not None:
+        visible = jnp.broadcast_to(visible, (q.shape[0], q.shape[1], k.shape[1]))
     out = jax.nn.dot_product_attention(
         q,
         k,

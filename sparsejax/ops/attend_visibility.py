@@ -1,4 +1,4 @@
-"""Which keys a query may see: causal order, window, packed segments, padding and prefix, without a T x S array until a block asks."""
+"""Which keys a query may see: causal order, window, packed segments, padding and prefix, as a mask made per block."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Visibility:
         return _positions(self.query_positions, queries), _positions(self.key_positions, keys)
 
     def block(self, queries: tuple[int, int], keys: tuple[int, int]) -> Bool[Array, "B Tb Sb"] | None:
-        """The mask of queries [start, stop) and keys [low, high); B may be 1; None where everything is visible."""
+        """The mask of queries [start, stop) and keys [low, high); B and Tb may be 1; None where everything is visible."""
         visible = _both(self._near(queries, keys), self._same_segment(queries, keys))
         if not self.causal:
             return visible

@@ -79,16 +79,15 @@ def _inverse_softplus(value: float) -> float:
 @plugs.register("nonlinearity", "xielu")
 @dataclass(frozen=True)
 class XIelu(Nonlinearity):
-    """h = alpha_p z^2 + beta z (z > 0), alpha_n (expm1(min(z, epsilon)) - z) + beta z (z <= 0).
+    """h = alpha_p z^2 + beta z (z > 0), alpha_n (expm1(z) - z) + beta z (z <= 0).
 
-    alpha_p = softplus(a_p), alpha_n = beta + softplus(a_n), one learned scalar each; both slopes at 0 are beta
-    (Huang & Schlag, 2024, arXiv 2411.13010).
+    alpha_p = softplus(a_p), alpha_n = beta + softplus(a_n), one learned scalar each (Huang & Schlag, 2024,
+    arXiv 2411.13010). Both slopes at 0 are beta; the released code clamps z at -1e-6 and has beta - alpha_n there.
     """
 
     alpha_p: float = 0.8
     alpha_n: float = 0.8
     beta: float = 0.5
-    epsilon: float = -1e-6
 
     def __post_init__(self) -> None:
         plugs.check(self.alpha_p > 0, "xielu: alpha_p", self.alpha_p, "must be positive")
@@ -110,8 +109,9 @@ class XIelu(Nonlinearity):
         x = wide(z)
         alpha_p = along(jax.nn.softplus(params["a_p"]), x)
         alpha_n = along(self.beta + jax.nn.softplus(params["a_n"]), x)
-        negative = alpha_n * (jnp.expm1(jnp.minimum(x, self.epsilon)) - x)
-        return (jnp.where(x > 0, alpha_p * x * x, negative) + self.beta * x).astype(z.dtype)
+        negative = jnp.where(x > 0, 0, x)
+        curved = jnp.where(x > 0, alpha_p * x * x, alpha_n * (jnp.expm1(negative) - negative))
+        return (curved + self.beta * x).astype(z.dtype)
 
 
 def _polynomial_parameters(order: int) -> Params:

@@ -37,7 +37,9 @@ def relative_position_buckets(
     """
     side = num_buckets // 2 if bidirectional else num_buckets
     check(side >= 2, "relative_buckets", num_buckets, "at least 2 for each direction that is told apart")
-    check(max_distance > side // 2, "relative_max_distance", max_distance, f"above {side // 2}, the distances with their own bucket")
+    check(
+        max_distance > side // 2, "relative_max_distance", max_distance, f"above {side // 2}, the distances of one bucket each"
+    )
     buckets = jnp.asarray(_distance_buckets(side, max_distance))
     distance = jnp.abs(relative_position) if bidirectional else jnp.maximum(-relative_position, 0)
     near = buckets[jnp.minimum(distance, max_distance)]
@@ -61,14 +63,15 @@ def relative_bias(
         relative, bidirectional=bidirectional, num_buckets=table.shape[0], max_distance=max_distance
     )
     rows = jax.nn.one_hot(buckets, table.shape[0], dtype=table.dtype)
-    bias = jnp.einsum("...tsn,nh->...hts", rows, table, precision=jax.lax.Precision.HIGHEST)
-    return bias
+    return jnp.einsum("...tsn,nh->...hts", rows, table, precision=jax.lax.Precision.HIGHEST)
 
 
-def sinusoidal_positions(positions: Int[Array, "*shape"], size: int, *, max_period: float = 10_000.0) -> Float[Array, "*shape D"]:
+def sinusoidal_positions(
+    positions: Int[Array, "*shape"], size: int, *, max_period: float = 10_000.0
+) -> Float[Array, "*shape D"]:
     """float32 [..., size]: feature 2i is sin and 2i + 1 is cos of position / max_period ** (2i / size).
 
-    The interleaved order of "Attention is all you need" (Vaswani et al., 2017); some Hugging Face models (Marian) put all sines first.
+    The interleaved order of "Attention is all you need" (Vaswani et al., 2017); Hugging Face's Marian puts all sines first.
     """
     check(size >= 2 and size % 2 == 0, "d_model", size, "sinusoidal positions need an even width")
     frequencies = (max_period ** (-np.arange(0, size, 2, dtype=np.float64) / size)).astype(np.float32)
@@ -121,6 +124,7 @@ def interpolate_positions(
     if tuple(old_grid) == tuple(new_grid):
         return table
     grid = table[class_tokens:].reshape(rows, columns, -1).astype(jnp.float32)
-    vertical, horizontal = (jnp.asarray(resize_weights(o, n, method), jnp.float32) for o, n in zip(old_grid, new_grid, strict=True))
+    vertical = jnp.asarray(resize_weights(rows, new_grid[0], method), jnp.float32)
+    horizontal = jnp.asarray(resize_weights(columns, new_grid[1], method), jnp.float32)
     resized = jnp.einsum("Yy,Xx,yxd->YXd", vertical, horizontal, grid, precision=jax.lax.Precision.HIGHEST)
     return jnp.concatenate([table[:class_tokens], resized.reshape(-1, table.shape[1]).astype(table.dtype)])

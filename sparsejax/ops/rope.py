@@ -72,11 +72,13 @@ def rotary_size(head_dim: int, fraction: float) -> int:
     """The number of leading features that are rotated; ConfigError unless it is even and positive."""
     check(0 < fraction <= 1, "rope.fraction", fraction, "above 0 and at most 1")
     size = int(head_dim * fraction)
-    check(size >= 2 and size % 2 == 0, "rope.fraction", fraction, f"rotates {size} of {head_dim} features: needs an even number")
+    check(size >= 2 and size % 2 == 0, "rope.fraction", fraction, f"rotates {size} of {head_dim} features, not an even number")
     return size
 
 
-def inverse_frequencies(head_dim: int, *, theta: float, fraction: float = 1.0, scaling: str | RopeScaling = "none") -> np.ndarray:
+def inverse_frequencies(
+    head_dim: int, *, theta: float, fraction: float = 1.0, scaling: str | RopeScaling = "none"
+) -> np.ndarray:
     """float64 [r / 2] angles per position, theta ** (-2 i / r), after scaling."""
     check(theta > 1, "rope.theta", theta, "above 1")
     size = rotary_size(head_dim, fraction)
@@ -94,7 +96,7 @@ def rope_tables(
 
 
 def apply_rope(x: Float[Array, "B T H K"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"]) -> Float[Array, "B T H K"]:
-    """Rotate the leading 2 R features of x by the tables of `rope_tables` (their batch may be 1); computed in at least float32."""
+    """Rotate the leading 2 R features of x by the tables of `rope_tables` (batch may be 1), in at least float32."""
     half = cos.shape[-1]
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     first, second, rest = wide[..., :half], wide[..., half : 2 * half], x[..., 2 * half :]

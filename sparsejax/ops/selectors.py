@@ -4,11 +4,11 @@ All act on the last axis and accept any leading axes. Masks carry no gradient. E
 tie, ties go to the lowest index, and NaN ranks above +inf, so that a bad score is kept and stays visible. Keeping everything
 (k = F, n = m, sparsity = 0) returns a constant mask or the input itself, without computing anything.
 
-The k largest are found by building the bits of the k-th value from the top, one count per row and bit, not by sorting:
-`lax.top_k` costs k insertions per entry on CPU, on one thread. Milliseconds of bisection against `lax.top_k`, float32 on two
-cores: [2048, 1024] k = 8 7 against 9, k = 51 6 against 27, k = 768 6 against 170; [2048, 128] k = 51 2 against 11; a row with
-ties at the k-th value adds up to a half. 16-bit scores need half the counts. On GPU and TPU the counts are plain row reductions
-(neither was measured). With the features sharded a count is an all-reduce of one number per row, where a sort gathers the row.
+The k largest are found by building the bits of the k-th value from the top, one count per row and bit, not by sorting: on CPU
+`lax.top_k` runs on one thread and grows with k. Milliseconds, float32 on two cores, this against `lax.top_k`: [2048, 1024] with
+k = 8: 7 and 9, k = 51: 6 and 27, k = 768: 6 and 170; [2048, 128] with k = 51: 2 and 11. Ties at the k-th value add up to half
+as much; 16-bit scores need half the counts. On GPU and TPU the counts are plain row reductions (neither was measured). Where
+features are sharded a count is an all-reduce of one number per row, and a sort would gather the row.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def topk_mask(score: Float[Array, "... F"], k: int) -> Bool[Array, "... F"]:
     threshold = _kth_largest(image, k)
     above, tied = image > threshold, image == threshold
     missing = k - _row_count(above)
-    return above | jax.lax.cond(
-        jnp.any(_row_count(tied) > missing), lambda: _lowest_indices(tied, missing), lambda: tied
-    )
+    too_many = jnp.any(_row_count(tied) > missing)
+    return above | jax.lax.cond(too_many, lambda: _lowest_indices(tied, missing), lambda: tied)
 
 
 def block_topk_mask(score: Float[Array, "... F"], k_blocks: int, block: int) -> Bool[Array, "... F"]:

@@ -119,7 +119,7 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, spec_for(axes, shape, mesh, fall_back=False))
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
     """Raise a ConfigError unless the rows of a (micro)batch divide over the mesh's batch axes."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % parts:

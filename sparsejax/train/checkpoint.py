@@ -343,7 +343,7 @@ class Checkpoints:
         is_there = step == self.last_good and (self.folder / str(step)).is_dir()
         if not broadcast_flag(not is_there):
             return
-        arrays = {name: _snapshot(leaf) for name, leaf in flat.items() if _is_stored(description[name])}
+        arrays = _snapshot({name: leaf for name, leaf in flat.items() if _is_stored(description[name])})
         saving = self.folder / f"{step}{files.SAVING}"
         problem = self._prepare(saving, sum(array.nbytes for array in arrays.values())) if is_main() else None
         # All hosts skip a save that one of them cannot begin: the others would wait for it inside Orbax.
@@ -386,10 +386,10 @@ class Checkpoints:
         finally:
             self._writer.close()
 
-    def rolled_back(self, step: int) -> None:
-        """The run went back to the checkpoint of this step: later ones are set aside at the next save."""
+    def rolled_back(self, step: int | None) -> None:
+        """The run went back to the checkpoint of this step (None: to its start): later ones are set aside at the next save."""
         self._join()
-        self.last_good = self._branch = step
+        self.last_good, self._branch = step, -1 if step is None else step
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -468,15 +468,18 @@ def _is_not_told_elsewhere(record: logging.LogRecord) -> bool:
     return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
-def _snapshot(array: Any) -> Any:
-    """The array in a dtype the storage layer has; on a lone CPU device a copy.
+def _snapshot(arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays in dtypes that the storage layer has; those on a lone CPU device as copies.
 
     There Orbax writes from the array's own memory, and the next step, which donates it, would wait until the files are
     written (measured: 265 ms instead of 27 ms for 134 MB). Elsewhere the transfer to the host is the copy.
     """
-    stored = trees.STORED_AS.get(str(np.dtype(array.dtype)))
-    if stored is not None:
-        return array.astype(stored)
-    if isinstance(array, jax.Array) and len(array.sharding.device_set) == 1 and next(iter(array.devices())).platform == "cpu":
-        return jax.device_put(array, array.sharding, may_alias=False)
-    return array
+    stored = {name: trees.STORED_AS.get(str(np.dtype(array.dtype))) for name, array in arrays.items()}
+    cast = {name: array.astype(stored[name]) for name, array in arrays.items() if stored[name]}
+    lone = {name: array for name, array in arrays.items() if not stored[name] and _is_on_a_lone_cpu(array)}
+    copies = jax.device_put(lone, {name: array.sharding for name, array in lone.items()}, may_alias=False)
+    return {**arrays, **cast, **copies}
+
+
+def _is_on_a_lone_cpu(array: Any) -> bool:
+    return isinstance(array, jax.Array) and len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu"

@@ -33,7 +33,8 @@ CASES = [
 
 def build(folder, source="text:a.txt", tokenizer="bytes", task="causal_lm", kind="decoder", *, batch_size=8, seed=0,
           **changes):
-    config = DataConfig(source=source, tokenizer=tokenizer, task=task, data_dir=str(folder), **{"sequence_length": 32, **changes})
+    changes = {"sequence_length": 32, "data_dir": str(folder), **changes}
+    config = DataConfig(source=source, tokenizer=tokenizer, task=task, **changes)
     return build_data(config, model_kind=kind, batch_size=batch_size, seed=seed)
 
 
@@ -154,19 +155,6 @@ def test_the_description_names_source_bytes_hash_and_batches_per_epoch(folder):
     assert f"{size * 9 // 10 + 1:,} tokens" in text and "batches of 8" in text and data.fingerprint[:16] in text
     assert "without end" in "\n".join(build(folder, "dyck").describe())
     assert "10 classes" in "\n".join(build(folder, *CASES[5]).describe())
-
-
-def test_large_text_is_sampled_without_being_tokenized_beforehand(folder, monkeypatch):
-    monkeypatch.setattr("sparsejax.data.pipeline.IN_MEMORY_BYTES", 100)
-    data = build(folder)
-    assert data.rows.count("train") is None
-    batch = data.batch(2)
-    assert_equal(batch, build(folder).batch(2))
-    assert (batch["weights"] == 1).all() and "without end" in "\n".join(data.describe())
-    text = data.documents("train")[0].encode()
-    for row in batch["targets"]:
-        assert bytes(row[row < 256].astype(np.uint8)) in text
-    assert len(list(data.evaluation_batches(3))) == 3
 
 
 def test_unpacked_rows_hold_one_document_each(folder):

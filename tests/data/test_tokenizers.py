@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax.data.sources import LoadedText
-from sparsejax.data.tokenizers import Bpe, Bytes, File, check_vocabulary, train_bpe
+from sparsejax.data.tasks import MaskedLM
+from sparsejax.data.tokenizers import Bpe, Bytes, File, _training_texts, check_vocabulary, train_bpe
 from sparsejax.plugs import ConfigError, resolve
 
 SAMPLE = "the cat sat on the mat; the naïve coöperation of 猫 and 🎉\n" * 20
@@ -48,7 +49,7 @@ def test_text_survives_encoding_and_decoding(tokenizers, name, text):
     assert (ids < tokenizer.num_ordinary).all()
 
 
-@pytest.mark.parametrize("name", ["bytes", "bpe", "file"])
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_special_ids_are_distinct_beyond_text_and_left_out_when_decoding(tokenizers, name):
     t = tokenizers[name]
     special = [t.pad_id, t.bos_id, t.eos_id, t.mask_id, *t.mode_ids.values(), *t.sentinel_ids.tolist()]
@@ -103,9 +104,39 @@ def test_published_special_tokens_of_a_file_are_used_and_missing_ones_appended(t
     model = {"type": "WordLevel", "vocab": {n: i for i, n in enumerate(names)}, "unk_token": "<pad>"}
     path = write_tokenizer(tmp_path / "t.json", model, added_tokens=added)
     tokenizer = File("t.json").build(Sample(), 3, (tmp_path,))
-    assert path.is_file() and (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.mask_id) == (0, 1, 5, 6)
-    assert tokenizer.sentinel_ids.tolist() == [2, 3, 10] and tokenizer.vocab_size == 11
-    assert tokenizer.encode("cat").tolist() == [4] and tokenizer.token_bytes.tolist() == [0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0]
+    assert path.is_file() and (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.mask_id) == (0, 1, 1, None)
+    assert tokenizer.mode_ids == {"R": 5, "S": 6, "X": 7}
+    assert tokenizer.sentinel_ids.tolist() == [2, 3, 8] and tokenizer.vocab_size == 9
+    assert tokenizer.encode("cat").tolist() == [4] and tokenizer.token_bytes.tolist() == [0, 0, 0, 0, 3, 0, 0, 0, 0]
+
+
+def test_a_file_with_an_end_token_needs_no_further_ids_for_causal_lm_and_cannot_serve_masked_lm(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"cat": 0, "<|endoftext|>": 1}, "unk_token": "cat"}
+    path = write_tokenizer(tmp_path / "t.json", model)
+    tokenizer = File(str(path)).build(Sample(), 0, ())
+    assert tokenizer.vocab_size == 2 and tokenizer.pad_id == tokenizer.bos_id == tokenizer.eos_id == 1
+    with pytest.raises(ConfigError, match="has no mask token"):
+        MaskedLM().check_tokenizer(tokenizer)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSEJAX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="could not be kept"):
+        assert Bpe(300).build(Sample(), 0, ()).vocab_size == 300
+
+
+def test_a_large_corpus_trains_on_evenly_spaced_documents(monkeypatch):
+    monkeypatch.setattr("sparsejax.data.tokenizers.TRAINING_BYTES", 10)
+
+    class Many(LoadedText):
+        def load(self):
+            return {"train": [f"{i:04}" + "x" * 20 for i in range(100)], "evaluation": [""]}
+
+    texts = list(_training_texts(Many()))
+    assert len(texts) == 1 and texts[0] == "0000xxxxxx"
+    monkeypatch.setattr("sparsejax.data.tokenizers.TRAINING_BYTES", 240)
+    assert [t[:4] for t in _training_texts(Many())] == [f"{i:04}" for i in range(0, 100, 10)]
 
 
 def test_bytes_of_byte_fallback_and_of_word_pieces_are_counted(tmp_path):

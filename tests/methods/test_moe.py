@@ -82,10 +82,11 @@ def loop(spec, values, x, activation="relu", bias=False, keep=None):
 
 def assert_same_values_and_gradients(f, g, *arguments, atol=2e-5):
     probe = jax.random.normal(jax.random.key(9), (B, T, D))
-    for a, b in zip(
-        *(jax.tree.leaves(jax.jit(jax.value_and_grad(lambda *z, h=h: jnp.sum(probe * h(*z)), (0, 1)))(*arguments)) for h in (f, g)),
-        strict=True,
-    ):
+
+    def found(h):
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(lambda *z: jnp.sum(probe * h(*z)), (0, 1)))(*arguments))
+
+    for a, b in zip(found(f), found(g), strict=True):
         np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from sparsejax import nnx_compat
-from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.context import Context, Probe, Stat
 from sparsejax.layers.block import Block
 from sparsejax.layers.stack import plan_segments
@@ -22,6 +21,7 @@ from sparsejax.models.config import (
     VisionConfig,
 )
 from sparsejax.models.transformer import Transformer
+from sparsejax.train.state import build
 
 VOCAB, LENGTH = 32, 12
 
@@ -245,10 +245,8 @@ def test_a_vit_classifies_and_takes_images_of_another_size(class_token, pool):
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits():
-    config = finalize(ExperimentConfig(model=model_config(dtype="bfloat16"))).model
+    config = model_config(dtype="bfloat16")
     structure, values = nnx_compat.split(Transformer(config, jax.random.key(0)))
-    from sparsejax.train.state import build
-
     logits, _ = jax.jit(lambda v: build(structure, v, "bfloat16")(lm_batch(), Context()))(values)
     wide, _ = run(config, lm_batch())
     assert logits.dtype == jnp.float32

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.ops.position_bias import interpolate_positions, relative_bias, relative_position_buckets, resize_weights, sinusoidal_positions
+from sparsejax.ops.position_bias import (
+    interpolate_positions,
+    relative_bias,
+    relative_position_buckets,
+    resize_weights,
+    sinusoidal_positions,
+)
 from sparsejax.plugs import ConfigError
 
 
@@ -26,10 +32,14 @@ def test_bidirectional_buckets_are_those_of_t5():
     assert buckets_of(relative, bidirectional=True) == expected
 
 
-@pytest.mark.parametrize(("num_buckets", "max_distance", "bidirectional"), [(32, 128, False), (32, 128, True), (8, 20, True), (6, 50, False)])
+@pytest.mark.parametrize(
+    ("num_buckets", "max_distance", "bidirectional"), [(32, 128, False), (32, 128, True), (8, 20, True), (6, 50, False)]
+)
 def test_buckets_equal_the_formula_of_t5_away_from_boundaries(num_buckets, max_distance, bidirectional):
     side = num_buckets // 2 if bidirectional else num_buckets
-    for relative in range(-2 * max_distance, 2 * max_distance):
+    distances = list(range(-2 * max_distance, 2 * max_distance))
+    buckets = buckets_of(distances, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance)
+    for relative, bucket in zip(distances, buckets, strict=True):
         distance = abs(relative) if bidirectional else max(-relative, 0)
         exact = side // 2
         if distance < exact:
@@ -40,7 +50,7 @@ def test_buckets_equal_the_formula_of_t5_away_from_boundaries(num_buckets, max_d
                 continue
             expected = min(exact + int(position + 1e-9), side - 1)
         expected += side if bidirectional and relative > 0 else 0
-        assert buckets_of([relative], bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance) == [expected]
+        assert bucket == expected
 
 
 def test_relative_bias_looks_up_the_table_per_head():
@@ -56,8 +66,9 @@ def test_relative_bias_looks_up_the_table_per_head():
 
 def test_relative_bias_gradient_counts_each_bucket():
     table = jnp.zeros((8, 2))
-    grad = jax.grad(lambda t: relative_bias(t, jnp.arange(6), jnp.arange(6), bidirectional=False, max_distance=16).sum())(table)
-    buckets = relative_position_buckets(jnp.arange(6)[None] - jnp.arange(6)[:, None], bidirectional=False, num_buckets=8, max_distance=16)
+    at, kwargs = jnp.arange(6), {"bidirectional": False, "max_distance": 16}
+    grad = jax.grad(lambda t: relative_bias(t, at, at, **kwargs).sum())(table)
+    buckets = relative_position_buckets(at[None] - at[:, None], num_buckets=8, **kwargs)
     np.testing.assert_array_equal(grad[:, 0], np.bincount(np.asarray(buckets).ravel(), minlength=8))
 
 

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.ops.rope import LinearScaling, Llama3Scaling, NoScaling, apply_rope, inverse_frequencies, parse_scaling, rope, rope_tables
+from sparsejax.ops.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    NoScaling,
+    apply_rope,
+    inverse_frequencies,
+    parse_scaling,
+    rope,
+    rope_tables,
+)
 from sparsejax.plugs import ConfigError
 
 
@@ -23,13 +33,18 @@ def oracle(x, positions, theta, fraction):
     return out
 
 
-@settings(max_examples=15, deadline=None)
-@given(half=st.integers(1, 8), fraction=st.sampled_from([1.0, 0.5]), theta=st.sampled_from([100.0, 10_000.0]), seed=st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+@given(
+    half=st.sampled_from([1, 4, 5]),
+    fraction=st.sampled_from([1.0, 0.5]),
+    theta=st.sampled_from([1e2, 1e4]),
+    seed=st.integers(0, 99),
+)
 def test_rope_equals_rotation_matrices(half, fraction, theta, seed):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(2, 5, 3, 4 * half)).astype(np.float32)
     positions = rng.integers(0, 200, (2, 5)).astype(np.int32)
-    actual = rope(jnp.asarray(x), jnp.asarray(positions), theta=theta, fraction=fraction)
+    actual = jax.jit(partial(rope, theta=theta, fraction=fraction))(x, positions)
     np.testing.assert_allclose(actual, oracle(x, positions, theta, fraction), atol=1e-4)
 
 

@@ -45,7 +45,10 @@ def test_topk_agrees_with_a_sort_on_any_float32(score, k):
     np.testing.assert_array_equal(TOPK(score, k), sorted_mask(score, k))
 
 
-@pytest.mark.parametrize("dtype, shape, k", [("float32", (4, 1024), 51), ("bfloat16", (4, 1024), 51), ("float16", (2, 3, 13), 12)])
+CASES = [("float32", (4, 1024), 51), ("bfloat16", (4, 1024), 51), ("float16", (2, 3, 13), 12)]
+
+
+@pytest.mark.parametrize("dtype, shape, k", CASES)
 def test_topk_agrees_with_lax_top_k_in_every_width_of_float(dtype, shape, k):
     score = jnp.asarray(normal(*shape)).astype(dtype)
     chosen = np.asarray(jax.lax.top_k(score, k)[1])

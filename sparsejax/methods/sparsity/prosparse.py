@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -48,7 +49,9 @@ def sine_stages(step: Any, ends: tuple[float, ...], peaks: tuple[float, ...]) ->
 
 
 def _l1(hidden: Float[Array, "... F"], ctx: Context) -> dict[str, Stat]:
-    norms = jnp.sum(jnp.abs(hidden.astype(jnp.float32)), axis=-1)
+    hidden = hidden.astype(jnp.float32)
+    # Not jnp.abs: its derivative at 0 is 1 in JAX, and would push units that are silent.
+    norms = jnp.sum(hidden * jax.lax.stop_gradient(jnp.sign(hidden)), axis=-1)
     mask = ctx.token_mask
     rows = jnp.asarray(norms.size, jnp.float32) if mask is None else jnp.sum(mask, dtype=jnp.float32)
     return {"l1": Stat(jnp.sum(norms if mask is None else jnp.where(mask, norms, 0))), "rows": Stat(rows)}

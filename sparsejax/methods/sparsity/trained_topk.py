@@ -1,9 +1,9 @@
 """Trained top-k: a linear map sees only the largest entries of its input, from the first training step on.
 
-Papers: "The lazy neuron phenomenon: on emergence of activation sparsity in Transformers" (Li et al., 2022, arXiv 2210.06313) for
-the exact top-k behind ReLU; "Spark Transformer: reactivating sparsity in FFN and attention" (2025, arXiv 2506.06644) for the
-statistical one. It is an activation op for the input of any linear map; the papers' place is `blocks.*.mlp.down`, whose input is
-the FFN's hidden vector h[..., F].
+Papers: "The lazy neuron phenomenon: on emergence of activation sparsity in Transformers" (Li et al., 2022, arXiv 2210.06313),
+whose exact top-k stands behind ReLU; "Spark Transformer: reactivating sparsity in FFN and attention" (2025, arXiv 2506.06644),
+whose top-k is statistical. An activation op for the input of any linear map; the papers' place is `blocks.*.mlp.down`, whose
+input is the FFN's hidden vector h[..., F].
 
     topk        m = TopK_k(|h|) per token, exactly k, ties to the lowest index;             h' = m * h
     block_topk  m = the F / block * fraction blocks with the largest sum of h^2;            h' = m * h

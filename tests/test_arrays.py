@@ -1,0 +1,182 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsejax.arrays import (
+    QTensor,
+    QuantizedActivation,
+    SparseActivation,
+    dense,
+    expert_of_rows,
+    kind,
+    matmul,
+    pack_int4,
+    unpack_int4,
+)
+
+N, K, OUT, E = 7, 9, 5, 3
+GROUPS = (3, 0, 2)
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def codes(seed, shape, greatest=127):
+    return jnp.asarray(rng(seed).integers(-greatest, greatest + 1, shape), jnp.int8)
+
+
+def scales(seed, shape):
+    return jnp.asarray(rng(seed).uniform(0.5, 2, shape), jnp.float32)
+
+
+def left(name, lead=(N,), surrogate=False):
+    """An operand of each kind; with a surrogate, as in training."""
+    x = jnp.asarray(rng(1).normal(size=(*lead, K)), jnp.float32)
+    quantized = QuantizedActivation(codes(2, (*lead, K)), scales(3, (*lead, 1)), x if surrogate else None, jnp.float32)
+    mask = jnp.asarray(rng(4).random((*lead, K)) < 0.5)
+    return {
+        "Array": x,
+        "QuantizedActivation": quantized,
+        "SparseActivation": SparseActivation(x, mask),
+        "SparseActivation[QuantizedActivation]": SparseActivation(quantized, mask),
+    }[name]
+
+
+def right(name, lead=(), surrogate=False):
+    w = jnp.asarray(rng(5).normal(size=(*lead, K, OUT)), jnp.float32)
+    if name == "Array":
+        return w
+    bits = int(name[-1])
+    integers = codes(6, (*lead, K, OUT), 2 ** (bits - 1) - 1)
+    packed = pack_int4(integers) if bits == 4 else integers
+    return QTensor(packed, scales(7, (*lead, 1, OUT)), w if surrogate else None, bits, (K, OUT), jnp.float32)
+
+
+LEFT = ("Array", "QuantizedActivation", "SparseActivation", "SparseActivation[QuantizedActivation]")
+RIGHT = ("Array", "QTensor8", "QTensor4")
+
+
+def as_float64(operand):
+    return np.asarray(dense(operand), np.float64)
+
+
+@pytest.mark.parametrize("w_name", RIGHT)
+@pytest.mark.parametrize("x_name", LEFT)
+def test_every_pair_of_operands_is_the_product_of_what_they_stand_for(x_name, w_name):
+    x, w = left(x_name), right(w_name)
+    assert kind(x) == x_name and kind(w) == w_name.rstrip("84")
+    np.testing.assert_allclose(matmul(x, w), as_float64(x) @ as_float64(w), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("w_name", RIGHT)
+@pytest.mark.parametrize("x_name", LEFT)
+def test_grouped_and_batched_experts_are_each_experts_own_product(x_name, w_name):
+    w = right(w_name, (E,))
+    batched = matmul(left(x_name, (E, N)), w)
+    np.testing.assert_allclose(batched, as_float64(left(x_name, (E, N))) @ as_float64(w), rtol=1e-4, atol=1e-3)
+    grouped = matmul(left(x_name), w, groups=jnp.asarray(GROUPS))
+    expected = np.zeros((N, OUT))
+    for row, expert in enumerate(np.repeat(np.arange(E), GROUPS)):
+        expected[row] = as_float64(left(x_name))[row] @ as_float64(w)[expert]
+    np.testing.assert_allclose(grouped, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_integer_products_are_exact_where_float32_sums_are_not():
+    width = 20000
+    x = QuantizedActivation(codes(0, (3, width)), jnp.ones((3, 1)), None, jnp.float32)
+    w = QTensor(codes(1, (width, 4)), jnp.ones((1, 4)), None, 8, (width, 4), jnp.float32)
+    exact = np.asarray(x.codes, np.int64) @ np.asarray(w.codes, np.int64)
+    np.testing.assert_array_equal(matmul(x, w), exact.astype(np.float32))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 4), st.sampled_from([(), (2,)]))
+def test_int4_codes_survive_packing(seed, rows, columns, lead):
+    original = jnp.asarray(rng(seed).integers(-8, 8, (*lead, rows, columns)), jnp.int8)
+    packed = pack_int4(original)
+    assert packed.shape == (*lead, (rows + 1) // 2, columns) and packed.dtype == jnp.uint8
+    np.testing.assert_array_equal(unpack_int4(packed, rows), original)
+
+
+def test_the_even_channel_is_the_low_nibble():
+    packed = pack_int4(jnp.asarray([[-8], [-7], [-1], [0], [1], [2], [6], [7]], jnp.int8))
+    assert packed[:, 0].tolist() == [0x98, 0x0F, 0x21, 0x76]
+
+
+@pytest.mark.parametrize("gradient", ["masked", "straight_through"])
+def test_dropped_entries_receive_a_gradient_only_when_straight_through(gradient):
+    x, w, r = left("Array"), right("Array"), jnp.asarray(rng(8).normal(size=(N, OUT)), jnp.float32)
+    mask = left("SparseActivation").mask
+
+    def loss(x, w):
+        return jnp.sum(r * matmul(SparseActivation(x, mask, gradient), w))
+
+    dx, dw = jax.grad(loss, (0, 1))(x, w)
+    full = np.asarray(r) @ np.asarray(w).T
+    np.testing.assert_allclose(dx, full if gradient == "straight_through" else full * np.asarray(mask), atol=1e-5)
+    np.testing.assert_allclose(dw, np.where(mask, x, 0).T @ np.asarray(r), atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS])
+@pytest.mark.parametrize("x_name", ["QuantizedActivation", "SparseActivation[QuantizedActivation]"])
+def test_surrogates_receive_the_gradient_of_the_dequantized_product(x_name, groups):
+    lead = () if groups is None else (E,)
+    groups = None if groups is None else jnp.asarray(groups)
+    x, w = left(x_name, surrogate=True), right("QTensor8", lead, surrogate=True)
+    inner = x.values if isinstance(x, SparseActivation) else x
+    mask = x.mask if isinstance(x, SparseActivation) else jnp.ones(x.shape, bool)
+
+    def ours(x_float, w_float):
+        values = dataclasses.replace(inner, surrogate=x_float)
+        operand = dataclasses.replace(x, values=values) if isinstance(x, SparseActivation) else values
+        return jnp.sum(matmul(operand, dataclasses.replace(w, surrogate=w_float), groups=groups) ** 2)
+
+    def formula(x_float, w_float):
+        x_hat = jnp.where(mask, x_float + jax.lax.stop_gradient(dense(inner) - x_float), 0)
+        w_hat = w_float + jax.lax.stop_gradient(dense(w) - w_float)
+        return jnp.sum(matmul(x_hat, w_hat, groups=groups) ** 2)
+
+    floats = (inner.surrogate, w.surrogate)
+    for got, expected in zip(jax.grad(ours, (0, 1))(*floats), jax.grad(formula, (0, 1))(*floats), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3)
+
+
+def test_a_surrogate_changes_no_bit_of_the_forward_product():
+    for x_name in LEFT[1::2]:
+        trained = jax.jit(matmul)(left(x_name, surrogate=True), right("QTensor4", surrogate=True))
+        np.testing.assert_array_equal(trained, jax.jit(matmul)(left(x_name), right("QTensor4")))
+
+
+def test_one_surrogate_alone_is_enough_for_straight_through():
+    x, w = left("Array"), right("QTensor8", surrogate=True)
+    dx, dw = jax.grad(lambda x, v: jnp.sum(matmul(x, dataclasses.replace(w, surrogate=v))), (0, 1))(x, w.surrogate)
+    np.testing.assert_allclose(dx, np.ones((N, OUT)) @ as_float64(w).T, rtol=1e-4)
+    np.testing.assert_allclose(dw, as_float64(x).T @ np.ones((N, OUT)), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_operands_give_bfloat16_and_float32_on_request():
+    x, w = left("Array").astype(jnp.bfloat16), right("Array")
+    assert matmul(x, w).dtype == jnp.bfloat16
+    assert matmul(x, w, out_dtype=jnp.float32).dtype == jnp.float32
+    quantized = dataclasses.replace(left("QuantizedActivation"), dtype=jnp.bfloat16)
+    assert matmul(quantized, right("QTensor8")).dtype == jnp.bfloat16
+
+
+def test_operands_cross_jit_scan_and_checkpointing_of_residuals():
+    w = right("QTensor4", (2,))
+
+    def body(h, layer):
+        return jnp.tanh(matmul(left("QuantizedActivation"), layer)) + h, None
+
+    got, _ = jax.lax.scan(jax.checkpoint(body), jnp.zeros((N, OUT)), w)
+    by_hand = sum(jnp.tanh(matmul(left("QuantizedActivation"), jax.tree.map(lambda a, i=i: a[i], w))) for i in range(2))
+    np.testing.assert_allclose(got, by_hand, atol=1e-6)
+
+
+def test_rows_beyond_the_groups_belong_to_no_expert():
+    assert expert_of_rows(jnp.asarray(GROUPS), N).tolist() == [0, 0, 0, 2, 2, 3, 3]

@@ -1,0 +1,57 @@
+"""What the README and the Makefile promise, as far as it can be checked without running for minutes (.ci/run does that)."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from experiments import bench, entry, train
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+COMMANDS = [line.partition(" #")[0].strip() for line in BLOCKS.splitlines()]
+PYTHON_COMMANDS = [command for command in COMMANDS if command.startswith("python ")]
+VERBS = {"experiments.train": train.Flags, "experiments.bench": bench.Flags}
+
+
+def test_the_readme_opens_with_the_two_commands():
+    assert COMMANDS[:2] == ["make demo", "make test"]
+    assert len(PYTHON_COMMANDS) >= 3
+
+
+@pytest.mark.parametrize("command", PYTHON_COMMANDS)
+def test_a_readme_command_resolves(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, _, verb, *argv = shlex.split(command)
+    call, _ = entry.parse([verb, *argv], VERBS[verb], names="benchmark")
+    assert call.config is not None
+
+
+def test_every_file_that_the_readme_links_is_there():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        if not target.startswith("results/"):
+            assert (ROOT / target).exists(), target
+
+
+def test_an_older_interpreter_gets_one_clear_line(tmp_path):
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt", ".python-version"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "python-old"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.10.4"\nexit 1\n')
+    old.chmod(0o755)
+    done = subprocess.run(["make", "setup", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    message, *after = done.stderr.splitlines()
+    assert "needs Python 3.12 or newer" in message and "Python 3.10.4" in message
+    assert all(line.startswith("make") for line in after)
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_every_requirement_has_both_bounds():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+            assert re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+", line), line

@@ -23,6 +23,7 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
     check_choice("benchmark", call.names[0] if call.names else "", ("train",))
     from experiments.bench_train import bench_train
 
+    assert call.config is not None
     return bench_train(call.config, steps=call.flags.steps, rounds=call.flags.rounds)
 
 

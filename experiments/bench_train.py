@@ -112,7 +112,7 @@ def _result(config: ExperimentConfig, setup: Any, seconds: dict[str, list[float]
     flops = flops_per_token(config.model, examples_to_tokens(config))
     device = setup.mesh.devices.flat[0]
     peak = metrics.peak_flops(device.device_kind, config.model.dtype, config.log.peak_flops)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, found in seconds.items():
         median = statistics.median(found)
         rows.append({

@@ -18,12 +18,12 @@ from sparsejax.config import ExperimentConfig
 ACTIVATIONS: dict[str, Callable[..., jax.Array]] = {
     "relu": jax.nn.relu,
     "relu2": lambda z: jnp.square(jax.nn.relu(z)),
-    "gelu": jax.nn.gelu,
+    "gelu_tanh": jax.nn.gelu,
     "silu": jax.nn.silu,
 }
 GATED: dict[str, Callable[..., jax.Array]] = {
     "swiglu": lambda g, u: jax.nn.silu(g) * u,
-    "geglu": lambda g, u: jax.nn.gelu(g) * u,
+    "geglu_tanh": lambda g, u: jax.nn.gelu(g) * u,
     "reglu": lambda g, u: jax.nn.relu(g) * u,
 }
 

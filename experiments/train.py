@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +21,8 @@ class Flags:
 def main(call: entry.Call[Flags]) -> dict[str, Any]:
     from sparsejax.train.run import train
 
-    command = shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]])
-    return train(call.config, base=call.base, out=call.flags.out, resume=call.flags.resume, command=command)
+    assert call.config is not None
+    return train(call.config, base=call.base, out=call.flags.out, resume=call.flags.resume, command=call.command)
 
 
 if __name__ == "__main__":

@@ -23,17 +23,8 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 log = logging.getLogger(__name__)
 
 
-def operand(data: list[str], meta: list[str]) -> Callable[[type], type]:
-    """Class decorator: a dataclass that is a pytree with static metadata."""
-
-    def decorate(cls: type) -> type:
-        cls = dataclasses.dataclass(cls)
-        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
-
-    return decorate
-
-
-@operand(["codes", "scale", "surrogate"], ["dtype"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "surrogate"], meta_fields=["dtype"])
+@dataclasses.dataclass
 class QuantizedActivation:
     """x = codes * scale, one scale per token.
 
@@ -58,7 +49,8 @@ class QuantizedActivation:
         return dataclasses.replace(self, codes=jnp.where(mask, self.codes, 0))
 
 
-@operand(["values", "mask"], ["gradient"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "mask"], meta_fields=["gradient"])
+@dataclasses.dataclass
 class SparseActivation:
     """A tensor of which only the entries under the mask count.
 
@@ -87,7 +79,8 @@ class SparseActivation:
         return jnp.where(self.mask, values, 0)
 
 
-@operand(["codes", "scale", "surrogate"], ["bits", "shape", "dtype"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "surrogate"], meta_fields=["bits", "shape", "dtype"])
+@dataclasses.dataclass
 class QTensor:
     """A weight stored as integers: w[i, j] = codes[i, j] * scale[0, j], symmetric, one scale per output channel.
 

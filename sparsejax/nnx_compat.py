@@ -108,7 +108,7 @@ def abstract(build: Callable[..., nnx.Module], *arguments: Any) -> tuple[Structu
     return split(jax.eval_shape(build, *arguments))
 
 
-def _abstract(variable: Weight) -> Weight:
+def _abstract(variable: Weight) -> Any:
     return variable.replace(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), variable.get_value()))
 
 

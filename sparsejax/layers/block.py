@@ -43,7 +43,7 @@ class Block(Module):
         keys = jax.random.split(key, 3)
         self.arrangement = config.block
         self.attn = Attention(config, key=keys[0], site=f"{site}.attn", rules=rules, kind=attention, causal=causal)
-        crossing = dict(key=keys[1], site=f"{site}.cross", rules=rules, kind="cross", causal=False)
+        crossing: dict[str, Any] = dict(key=keys[1], site=f"{site}.cross", rules=rules, kind="cross", causal=False)
         self.cross = Attention(config, **crossing) if cross else None
         self.mlp = plugs.resolve("feed", feed, "model.feed_pattern").build(config, key=keys[2], site=f"{site}.mlp", rules=rules)
         self.attn_norm = Norm(config.d_model, config.norm)

@@ -83,7 +83,7 @@ class Linear(Module):
         *,
         key: Array,
         site: str,
-        axes: tuple[str, str],
+        axes: tuple[str | None, str | None],
         rules: SiteRules = SiteRules(),
         init: Init = Init(),
         bias: bool = False,

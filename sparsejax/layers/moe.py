@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from sparsejax.context import Context, Stat
@@ -24,7 +26,7 @@ from sparsejax.ops.routers import (
     router_z,
     softmax_top_k,
 )
-from sparsejax.parallel.rules import constrain
+from sparsejax.parallel.rules import RULES, constrain, spec_for
 
 # Fan-in is too large for a router: its softmax would start peaked. Zero would start with ties, all of them expert 0.
 ROUTER_STD = 0.02
@@ -89,16 +91,21 @@ class MoE(Module):
         }
 
     def _dropless(self, x: Array, routing: Routing, ctx: Context) -> tuple[Array, Stats, Array]:
-        """Each assignment's expert output [B, T, k, D], from rows sorted by expert."""
-        batch, length, width = x.shape
-        flat = jax.tree.map(lambda a: a.reshape(1, -1), (ctx.segment_ids, ctx.positions))
-        sent = dispatch_dropless(routing.experts.reshape(-1, self.k), ctx.token_mask.reshape(-1), self.num_experts)
-        copies = jnp.repeat(x.reshape(-1, width), self.k, axis=0)
-        rows = permute_rows(copies, sent.assignments, sent.rows)
-        layout = [_follow(a, sent.assignments[None] // self.k)[0] for a in flat]
-        y, stats = self.experts(rows, _dispatched(ctx, *layout), sent.groups)
-        back = permute_rows(y, sent.rows, sent.assignments)
-        return back.reshape(batch, length, self.k, width), stats, jnp.zeros((), jnp.float32)
+        """Each assignment's expert output [B, T, k, D], from rows sorted by expert.
+
+        On a mesh every device sorts its own tokens and the experts' weights are gathered to them: the partitioner cannot cut a
+        sort, it would give all tokens to every device.
+        """
+
+        def sort_and_run(experts: FFN, x: Array, chosen: Array, segment_ids: Array, positions: Array) -> tuple[Array, Stats]:
+            sent = dispatch_dropless(chosen.reshape(-1, self.k), segment_ids.reshape(-1) > 0, self.num_experts)
+            rows = permute_rows(jnp.repeat(x.reshape(-1, x.shape[-1]), self.k, axis=0), sent.assignments, sent.rows)
+            layout = [_follow(a.reshape(1, -1), sent.assignments[None] // self.k)[0] for a in (segment_ids, positions)]
+            y, stats = experts(rows, _dispatched(ctx, *layout), sent.groups)
+            return permute_rows(y, sent.rows, sent.assignments).reshape(*chosen.shape, -1), stats
+
+        y, stats = _per_token_shard(sort_and_run, self.experts, x, routing.experts, ctx.segment_ids, ctx.positions)
+        return y, stats, jnp.zeros((), jnp.float32)
 
     def _with_capacity(self, x: Array, routing: Routing, ctx: Context) -> tuple[Array, Stats, Array]:
         """As `_dropless` from C rows per expert and batch row; zeros for what was dropped."""
@@ -114,6 +121,32 @@ class MoE(Module):
         kept = jnp.sum(sent.rows < experts * capacity, dtype=jnp.float32)
         dropped = self.k * jnp.sum(ctx.token_mask, dtype=jnp.float32) - kept
         return back.reshape(batch, length, self.k, width), stats, dropped
+
+
+def _per_token_shard(fn: Callable[..., tuple[Array, Stats]], module: Any, *by_token: Array) -> tuple[Array, Stats]:
+    """fn(module, *by_token) on each device's part of arrays [B, T, ...]; its statistics are reduced as they declare."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    rules = {name: tuple(a for a in RULES[name] if a in free) for name in ("batch", "length")}
+    spec = spec_for(("batch", "length"), by_token[0].shape[:2], mesh, rules, fall_back=False)
+    axes = tuple(a for cut in spec if cut is not None for a in ((cut,) if isinstance(cut, str) else cut))
+    if not axes:
+        return fn(module, *by_token)
+
+    def body(module: Any, *parts: Array) -> tuple[Array, Stats]:
+        y, stats = fn(module, *parts)
+        reductions = {"sum": jax.lax.psum, "max": jax.lax.pmax, "mean": jax.lax.pmean}
+        reduced = {
+            site: {name: Stat(reductions[stat.reduction](stat.value, axes), stat.reduction) for name, stat in found.items()}
+            for site, found in stats.items()
+        }
+        return y, reduced
+
+    in_specs = (PartitionSpec(), *(spec for _ in by_token))
+    sharded = jax.shard_map(
+        body, in_specs=in_specs, out_specs=(spec, PartitionSpec()), axis_names=set(axes), check_vma=False
+    )
+    return sharded(module, *by_token)
 
 
 def _with_layout(ctx: Context, shape: tuple[int, ...]) -> Context:

@@ -39,15 +39,15 @@ class Transformer(Module):
         keys = jax.random.split(key, 5)
         causal = config.kind in ("decoder", "encoder_decoder")
         paired = config.kind == "encoder_decoder"
-        self.embed = (PatchEmbedding if config.kind == "vit" else Embedding)(config, key=keys[0])
-        encoding = dict(key=keys[1], site="encoder.blocks", rules=rules, causal=False)
+        self.embed: Any = (PatchEmbedding if config.kind == "vit" else Embedding)(config, key=keys[0])
+        encoding: dict[str, Any] = dict(key=keys[1], site="encoder.blocks", rules=rules, causal=False)
         self.encoder = Stack(config, config.encoder_layers, **encoding) if paired else None
         self.encoder_norm = self._final_norm(config) if paired else None
         site = "decoder.blocks" if paired else "blocks"
         self.blocks = Stack(config, config.num_layers, key=keys[2], site=site, rules=rules, causal=causal, cross=paired)
         self.norm = self._final_norm(config)
         outputs = config.num_classes or config.vocab_size
-        head = dict(key=keys[3], site="head", axes=("embed", "vocab"), rules=rules, role="embedding")
+        head: dict[str, Any] = dict(key=keys[3], site="head", axes=("embed", "vocab"), rules=rules, role="embedding")
         own_head = config.num_classes or not config.tied_embeddings
         init = Init.parse(config.init)
         self.head = Linear(config.d_model, outputs, init=init, bias=config.head_bias, **head) if own_head else None
@@ -101,6 +101,7 @@ class Transformer(Module):
 
     def _encode(self, batch: Batch, ctx: Context) -> tuple[Context, dict[str, Any]]:
         """Run the encoder; its output travels on as `ctx.memory`."""
+        assert self.encoder is not None
         source = {
             "tokens": batch["encoder_tokens"],
             "segment_ids": batch.get("encoder_segment_ids"),

@@ -18,7 +18,7 @@ from sparsejax.context import Context
 from sparsejax.data.pipeline import DataPipeline
 from sparsejax.evaluate.generate import Sampling, generate_text
 from sparsejax.evaluate.ngram import NgramBaselines, ngram_baselines
-from sparsejax.parallel import launch
+from sparsejax.parallel import launch, rules
 from sparsejax.train.loop import Trainer
 from sparsejax.train.run_page import write_page
 from sparsejax.train.state import build
@@ -49,7 +49,7 @@ def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict
         baselines = held_out_baselines(trainer)
         result["baselines"] = {"unigram": baselines.entropy, "bigram": baselines.bigram}
         result["bytes_per_token"] = found.bytes / found.tokens
-    if config.evaluate.sample_tokens and launch.is_main():
+    if config.evaluate.sample_tokens:
         prompt = config.evaluate.sample_prompt or "\n"
         result["sample"] = {"prompt": prompt, "text": sample_text(trainer, prompt, config.evaluate.sample_tokens)}
     if launch.is_main():
@@ -115,10 +115,13 @@ def _training_bytes(data: DataPipeline) -> list[np.ndarray]:
 def _scored_bytes(trainer: Trainer) -> Iterator[np.ndarray]:
     """The text of every segment of the held-out batches."""
     rows = slice(0, trainer.config.batch_size)
+    tokenizer = trainer.data.tokenizer
+    assert tokenizer is not None
     for batch in trainer.data.evaluation_batches(trainer.config.evaluate.batches, rows):
-        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+        used = batch["weights"].any(axis=-1)  # the last batch is completed with rows that do not count
+        for tokens, segments in zip(batch["tokens"][used], batch["segment_ids"][used], strict=True):
             for segment in np.unique(segments[segments > 0]):
-                yield np.frombuffer(trainer.data.tokenizer.decode(tokens[segments == segment]).encode(), np.uint8)
+                yield np.frombuffer(tokenizer.decode(tokens[segments == segment]).encode(), np.uint8)
 
 
 def sample_text(trainer: Trainer, prompt: str, tokens: int, temperature: float = 0.8) -> str:
@@ -134,9 +137,11 @@ def sample_text(trainer: Trainer, prompt: str, tokens: int, temperature: float =
     def empty_cache(batch: int, length: int) -> Any:
         return nnx_compat.merge(structure, trainer.setup.abstract_state.trainable).empty_cache(batch, length)
 
-    # A run's parameters lie on its mesh; sampling one sequence needs them on one device.
-    values = jax.device_put(jax.device_get(trainer.evaluated_parameters()), jax.local_devices()[0])
+    # A run's parameters lie on its mesh; every host samples the one sequence from its own copy.
+    whole = jax.jit(lambda v: v, out_shardings=rules.replicated(trainer.setup.mesh))(trainer.evaluated_parameters())
+    values = jax.tree.map(lambda a: a.addressable_data(0), whole)
     tokenizer = trainer.data.tokenizer
+    assert tokenizer is not None
     room = config.model.max_length - len(tokenizer.encode(prompt)) if config.model.positions.kind == "learned" else tokens
     return generate_text(
         apply, empty_cache, values, tokenizer, [prompt], min(tokens, room), Sampling(temperature=temperature),

@@ -22,7 +22,7 @@ from sparsejax.data.pipeline import BatchIterator, DataPipeline
 from sparsejax.evaluate import likelihood
 from sparsejax.models.sizes import flops_per_token
 from sparsejax.parallel import launch
-from sparsejax.train import metrics
+from sparsejax.train import metrics, optim
 from sparsejax.train.checkpoint import Checkpoints, Record, check_same_run, choose, read_record, restore
 from sparsejax.train.progress import ProgressReport, StepTimer
 from sparsejax.train.setup import Setup, examples_to_tokens
@@ -41,7 +41,7 @@ class Position:
 
     data_index: int = 0
     skipped: list[int] = dataclasses.field(default_factory=list)
-    loss_ema: dict[str, float] = dataclasses.field(default_factory=dict)
+    loss_ema: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -71,14 +71,15 @@ class Termination:
 
 
 class Trainer:
-    """The loop's parts in one place; `run` goes from the present state to the last step."""
+    """The loop's parts in one place: `restore` gives it a state and its checkpoints, `run` goes from there to the last step."""
+
+    state: TrainState
+    checkpoints: Checkpoints
 
     def __init__(self, setup: Setup, data: DataPipeline, folder: Path):
         self.setup, self.data, self.folder = setup, data, folder
         self.config: ExperimentConfig = setup.config
-        self.checkpoints: Checkpoints | None = None
         self.position = Position()
-        self.state: TrainState | None = None
         self.last_evaluation: dict[str, float] = {}
         self.rollbacks = 0
         tokens = examples_to_tokens(self.config)
@@ -231,7 +232,7 @@ class Trainer:
             check_same_run(record, record.config, self._data_identity(), choice.path)
             self.state = restore(choice.path, self.setup.abstract_state)
             self.position = Position(**record.extra["position"])
-        if self.checkpoints is None:
+        if not hasattr(self, "checkpoints"):
             folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
             self.checkpoints = Checkpoints(folder, resumed_from=choice.step, keep=keep)
         else:
@@ -249,7 +250,8 @@ class Trainer:
 
     def evaluated_parameters(self) -> Any:
         """The weights that are evaluated: their average where there is one."""
-        return self.state.average or self.state.trainable
+        trained = optim.evaluated(self.config.optimizer, self.state.optimizer, self.state.trainable)
+        return self.state.average or trained
 
     def _evaluate(self, step: int) -> None:
         with self.timer.pause():

@@ -103,6 +103,8 @@ def router_term(stats: Stats, statistic: str, objective: str) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _RouterObjective:
+    weight: float
+
     def __post_init__(self) -> None:
         check_weight(self.weight)
 

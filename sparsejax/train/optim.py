@@ -17,22 +17,28 @@ from sparsejax.train.config import OptimizerConfig
 
 SCHEDULES = ("constant", "cosine", "wsd", "inverse_sqrt")
 
-# These search along a line or sample a Hessian: their update needs more than a gradient.
-_NEED_MORE_THAN_GRADIENTS = ("lbfgs", "polyak_sgd", "sophia", "sam", "opaque_sam", "momo", "momo_adam", "acprop")
+# These search along a line, sample a Hessian or take a second gradient; optax has deprecated the last.
+_LEFT_OUT = ("lbfgs", "polyak_sgd", "sophia", "sam", "opaque_sam", "momo", "momo_adam", "acprop", "optimistic_adam")
 
 
 def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """Every optimizer of optax that is driven by gradients and a learning rate."""
-    found = {}
+    found: dict[str, Callable[..., optax.GradientTransformation]] = {}
     for module in (optax.contrib, optax):
         for name, function in vars(module).items():
-            if not inspect.isfunction(function) or name.startswith("_") or name in _NEED_MORE_THAN_GRADIENTS:
+            if not inspect.isfunction(function) or name.startswith(("_", "scale_by_")) or name in _LEFT_OUT:
                 continue
             signature = inspect.signature(function)
             required = [p.name for p in signature.parameters.values() if p.default is inspect.Parameter.empty]
             if "learning_rate" in signature.parameters and set(required) <= {"learning_rate"}:
                 found[name] = function
     return found
+
+
+def takes_schedule(function: Callable[..., Any]) -> bool:
+    """Whether the learning rate may be a function of the step; optax annotates those that take a number alone so."""
+    annotation = inspect.signature(function).parameters["learning_rate"].annotation
+    return "Callable" in str(annotation)
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -71,7 +77,14 @@ def optimizer(config: OptimizerConfig, steps: int, structure: Structure) -> opta
     plugs.check_choice("optimizer.name", config.name, sorted(available))
     function = available[config.name]
     accepted = inspect.signature(function).parameters
-    arguments: dict[str, Any] = {"learning_rate": schedule(config, steps), **_arguments(config, accepted)}
+    rate: Any = schedule(config, steps)
+    if not takes_schedule(function):
+        plugs.check(
+            config.schedule == "constant" and not config.warmup_steps, "optimizer.schedule", config.schedule,
+            f"{config.name} takes one rate: schedule 'constant' without warm-up (schedule_free_*: arguments 'warmup_steps=N')",
+        )
+        rate = config.learning_rate
+    arguments: dict[str, Any] = {"learning_rate": rate, **_arguments(config, accepted)}
     decayed = structure.map(lambda w: w.role in config.decay_roles)
     if "weight_decay" in accepted:
         arguments["weight_decay"] = config.weight_decay
@@ -113,6 +126,13 @@ def _literal(text: str, name: str) -> Any:
         if text in ("float32", "bfloat16"):
             return jnp.dtype(text)
         raise plugs.ConfigError(f"optimizer.arguments: {name} = {text!r}: expected a number, true, false or a dtype") from error
+
+
+def evaluated(config: OptimizerConfig, optimizer_state: Any, trainable: Any) -> Any:
+    """The weights that an optimizer means to be evaluated: for the schedule-free ones not those that are trained."""
+    if config.name.startswith("schedule_free"):
+        return optax.contrib.schedule_free_eval_params(optimizer_state, trainable)
+    return trainable
 
 
 def clip_by_norm(gradients: Any, norm: Array, limit: float) -> Any:

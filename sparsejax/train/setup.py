@@ -126,7 +126,7 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, byte_lengths: Any =
 
 
 def _state_shardings(abstract: TrainState, axes: Any, mesh: Mesh) -> TrainState:
-    whole = rules.replicated(mesh)
+    whole: Any = rules.replicated(mesh)
     return TrainState(
         step=whole,
         trainable=rules.sharding_tree(axes, abstract.trainable, mesh),

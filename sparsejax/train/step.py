@@ -33,7 +33,8 @@ def model_outputs(
     if "labels" in batch:
         return score(model.logits(h, ctx), batch["labels"], batch["weights"]), stats
     config = model.config.value
-    chunks = chunks_for(*batch["targets"].shape, config.vocab_size, devices)
+    batch_size, length = batch["targets"].shape
+    chunks = chunks_for(batch_size, length, config.vocab_size, devices)
     outputs = score_chunked(
         lambda piece: model.logits(piece, ctx), h, batch["targets"], batch["weights"], chunks=chunks
     )
@@ -91,7 +92,7 @@ def gradients_of(
 
 
 def _reduce_microbatches(stats: dict[str, Any]) -> dict[str, Any]:
-    reductions = {"sum": jnp.sum, "max": jnp.max, "mean": jnp.mean}
+    reductions: dict[str, Callable[..., Array]] = {"sum": jnp.sum, "max": jnp.max, "mean": jnp.mean}
     return jax.tree.map(
         lambda stat: Stat(reductions[stat.reduction](stat.value, axis=0), stat.reduction),
         stats,
@@ -127,7 +128,7 @@ def make_train_step(
         gradients, value, outputs, stats, terms = gradients_of(
             loss, state.trainable, batch, ctx, objectives, config.accumulate
         )
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         gradients = clip_by_norm(gradients, norm, config.optimizer.clip_norm)
         updates, optimizer = transformation.update(gradients, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -206,7 +207,8 @@ def _sequence_sums(
     model: Transformer, h: Array, batch: Batch, ctx: Context, devices: int, byte_lengths: np.ndarray | None
 ) -> dict[str, Array]:
     """`evaluate.likelihood.token_sums` piece by piece along the sequence."""
-    chunks = chunks_for(*batch["targets"].shape, model.config.value.vocab_size, devices)
+    batch_size, length = batch["targets"].shape
+    chunks = chunks_for(batch_size, length, model.config.value.vocab_size, devices)
     lengths = None if byte_lengths is None else jnp.asarray(byte_lengths, jnp.float32)
 
     def pieces(x: Array) -> Array:

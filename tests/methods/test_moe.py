@@ -227,7 +227,12 @@ def test_probes_see_each_row_of_the_experts_with_its_tokens_mask_and_position(ca
 
 @pytest.mark.parametrize(
     ("mesh", "capacity"),
-    [(dict(data=1, expert=4), 1.25), (dict(data=2, expert=2, tensor=2), 0.0), (dict(data=2, expert=2, fsdp=2), 1.25)],
+    [
+        (dict(data=1, expert=4), 1.25),
+        (dict(data=2, expert=2, fsdp=2), 1.25),
+        (dict(data=1, expert=4), 0.0),
+        (dict(data=1, expert=2, tensor=2, sequence=2), 0.0),
+    ],
 )
 def test_sharded_over_the_expert_axis_equals_one_device(mesh, capacity):
     spec = SoftmaxTopK(4, 2, capacity=capacity)
@@ -235,17 +240,27 @@ def test_sharded_over_the_expert_axis_equals_one_device(mesh, capacity):
     count = int(np.prod(list(mesh.values())))
     x = jnp.tile(inputs(), (2, 1, 1))
     weights = jax.random.normal(jax.random.key(3), x.shape)
+    segments = (jnp.arange(T)[None] < jnp.asarray([6, 2, 4, 0, 5, 6, 1, 3])[:, None]).astype(jnp.int32)
+
+    def measure(hidden, ctx):
+        fired = jnp.max(jax.lax.stop_gradient(hidden), axis=tuple(range(hidden.ndim - 1)))
+        return {"l1": Stat(jnp.sum(jnp.abs(hidden) * ctx.token_mask[..., None])), "fired": Stat(fired, "max")}
+
+    ctx = Context(segment_ids=segments, probes=(Probe("mlp.hidden", measure),))
 
     def loss(values, x):
-        y, stats = run(structure, values, x)
-        return jnp.sum(weights * y) + stats["mlp.router"]["balance"].value + stats["mlp.router"]["z"].value
+        y, stats = nnx_compat.merge(structure, values)(x, ctx)
+        router, hidden = stats["mlp.router"], stats["mlp.hidden"]
+        total = jnp.sum(weights * y) + router["balance"].value + router["z"].value + 0.1 * hidden["l1"].value
+        return total, (router["load"].value, hidden["fired"].value)
 
-    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(values, x)
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(values, x)
     devices = make_mesh(MeshConfig(**mesh), jax.devices()[:count])
     axes = structure.map(lambda w: w.axes)
     placed = jax.device_put(values, sharding.sharding_tree(axes, values, devices))
     with sharding.use_mesh(devices):
-        got = jax.jit(jax.value_and_grad(loss, (0, 1)))(placed, jax.device_put(x, sharding.batch_sharding(devices, x.shape)))
+        spread = jax.device_put(x, sharding.batch_sharding(devices, x.shape))
+        got = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(placed, spread)
     assert placed["experts"]["up"]["kernel"].sharding.spec[0] == "expert"
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -241,8 +242,10 @@ def test_score_counts_hits_and_weights():
 
 @pytest.mark.parametrize("name", sorted(optim.optimizers()))
 def test_every_optimizer_of_optax_takes_a_step(name):
-    accepts_decay = "weight_decay" in __import__("inspect").signature(optim.optimizers()[name]).parameters
-    config = OptimizerConfig(name, learning_rate=1e-3, weight_decay=0.01 if accepts_decay else 0.0)
+    function = optim.optimizers()[name]
+    decay = 0.01 if "weight_decay" in inspect.signature(function).parameters else 0.0
+    schedule = "cosine" if optim.takes_schedule(function) else "constant"
+    config = OptimizerConfig(name, learning_rate=1e-3, weight_decay=decay, schedule=schedule)
     from sparsejax.train.state import abstract_model, init_state
 
     model = experiment().model

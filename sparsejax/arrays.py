@@ -79,7 +79,9 @@ class SparseActivation:
         return jnp.where(self.mask, values, 0)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "surrogate"], meta_fields=["bits", "shape", "dtype"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scale", "surrogate"], meta_fields=["bits", "shape", "dtype"]
+)
 @dataclasses.dataclass
 class QTensor:
     """A weight stored as integers: w[i, j] = codes[i, j] * scale[0, j], symmetric, one scale per output channel.

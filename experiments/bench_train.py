@@ -21,7 +21,6 @@ from sparsejax.data.pipeline import build_data
 from sparsejax.models.sizes import flops_per_token
 from sparsejax.parallel import launch
 from sparsejax.train import metrics
-from sparsejax.train.run import byte_lengths
 from sparsejax.train.setup import examples_to_tokens, prepare
 
 Advance = Callable[[Any, Any], tuple[Any, Any]]
@@ -57,7 +56,7 @@ def bench_train(config: ExperimentConfig, *, steps: int, rounds: int) -> dict[st
         config = dataclasses.replace(config, log=dataclasses.replace(config.log, watch_every=20))
     data = build_data(config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=config.seed)
     config = finalize(config, vocab_size=data.vocab_size, num_classes=data.num_classes, device_count=jax.device_count())
-    setup = prepare(config, data.batch_spec(), byte_lengths(data))
+    setup = prepare(config, data.batch_spec())
     host = [data.batch(step) for step in range(8)]
     batches = [launch.global_batch(batch, setup.mesh, config.batch_size) for batch in host]
     variants = [

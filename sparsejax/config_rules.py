@@ -237,6 +237,8 @@ def check_task(config: ExperimentConfig, specs: dict[str, Any]) -> None:
           f"holds {source.content}, model.kind is {kind!r}")
     sampled = config.evaluate.sample_tokens
     check(not sampled or kind == "decoder", "evaluate.sample_tokens", sampled, f"model.kind {kind!r} does not generate text")
+    check(not sampled or source.content == "text", "evaluate.sample_tokens", sampled,
+          f"data.source {config.data.source!r} is not text")
     if kind == "vit":
         return
     if source.content == "symbols":

@@ -153,13 +153,26 @@ def _signatures(block: Any, keys: Array, config: ModelConfig, rules: SiteRules) 
 
 
 def _gather_layers(found: list[tuple[np.ndarray, dict[str, Any]]]) -> dict[str, Any]:
-    """Join the slots' stacked statistics into one array per statistic, in layer order."""
+    """Join the slots' stacked statistics into one array per statistic, in layer order.
+
+    Where layers differ in shape (a dense and an expert FFN of other widths) the smaller ones are filled up with nan.
+    """
     joined: dict[str, Any] = {}
     for site in sorted({site for _, stats in found for site in stats}):
         joined[site] = {}
         for name in sorted({name for _, stats in found for name in stats.get(site, {})}):
             parts = [(layers, stats[site][name]) for layers, stats in found if name in stats.get(site, {})]
             order = np.argsort(np.concatenate([layers for layers, _ in parts]))
-            values = jnp.concatenate([stat.value for _, stat in parts])
+            values = jnp.concatenate(_padded([stat.value for _, stat in parts]))
             joined[site][name] = Stat(values if (order == np.arange(len(order))).all() else values[order], parts[0][1].reduction)
     return joined
+
+
+def _padded(values: list[Array]) -> list[Array]:
+    shape = tuple(max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True))
+    return [
+        jnp.pad(value, [(0, 0), *((0, whole - size) for whole, size in zip(shape, value.shape[1:], strict=True))],
+                constant_values=jnp.nan)
+        if value.shape[1:] != shape else value
+        for value in values
+    ]

@@ -339,7 +339,7 @@ class Checkpoints:
             TREE: json.dumps(trees.to_json(description, trees.static_parts(state)), indent=0),
             RECORD: json.dumps({"format": trees.FORMAT, **dataclasses.asdict(record), "step": step}, indent=1),
         }
-        self._join()
+        self.join()
         is_there = step == self.last_good and (self.folder / str(step)).is_dir()
         if not broadcast_flag(not is_there):
             return
@@ -373,7 +373,7 @@ class Checkpoints:
         Raises:
           CheckpointError: the newest save failed; once, a second call does not raise it again.
         """
-        self._join()
+        self.join()
         barrier("checkpoint")
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -388,10 +388,11 @@ class Checkpoints:
 
     def rolled_back(self, step: int | None) -> None:
         """The run went back to the checkpoint of this step (None: to its start): later ones are set aside at the next save."""
-        self._join()
+        self.join()
         self.last_good, self._branch = step, -1 if step is None else step
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Until this host writes nothing; asks no other host and raises nothing, for a run that ends in an error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from sparsejax.data.pipeline import DataPipeline
 from sparsejax.evaluate.generate import Sampling, generate_text
 from sparsejax.evaluate.ngram import NgramBaselines, ngram_baselines
 from sparsejax.parallel import launch, rules
+from sparsejax.train import metrics
 from sparsejax.train.loop import Trainer
-from sparsejax.train.run_page import write_page
+from sparsejax.train.run_page import read_result, write_page
 from sparsejax.train.state import build
 
 BASELINE_BYTES = 16 * 2**20  # of training text that the n-gram models count
@@ -31,10 +31,11 @@ def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict
     """Evaluate the trained model on held-out data, write `result.json` and `index.html`, print and return the result."""
     config, data, folder = trainer.config, trainer.data, trainer.folder
     found = trainer.evaluate(config.evaluate.batches)
-    results: dict[str, Any] = {name: value for name, value in found._asdict().items() if math.isfinite(value)}
-    results |= counted_sparsity(trainer)
+    results: dict[str, Any] = {**found._asdict(), **counted_sparsity(trainer)}
     results["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.trainable))
-    results |= seconds
+    results |= seconds if seconds["steps_run"] else {**seconds, **_timings_before(folder, seconds)}
+    # What was not measured (bits per byte of symbols, the rate of no step) is left out.
+    results = {name: value for name, value in results.items() if not isinstance(value, float) or math.isfinite(value)}
     device = trainer.setup.mesh.devices.flat[0]
     result: dict[str, Any] = {
         "name": config.name,
@@ -53,21 +54,29 @@ def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict
         prompt = config.evaluate.sample_prompt or "\n"
         result["sample"] = {"prompt": prompt, "text": sample_text(trainer, prompt, config.evaluate.sample_tokens)}
     if launch.is_main():
-        _write_json(folder / "result.json", result)
+        metrics.replace_text(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         write_page(folder)
     return result
+
+
+def _timings_before(folder: Path, seconds: dict[str, float]) -> dict[str, float]:
+    """The timings in the folder's result, for a run that had finished before and is only evaluated anew."""
+    before = read_result(folder).get("results", {})
+    return {name: before[name] for name in seconds if name in before}
 
 
 def describe(result: dict[str, Any], folder: Path) -> list[str]:
     """The result as lines for a person."""
     found, lines = result["results"], []
-    loss = f"held-out loss {found['loss']:.4f} +- {found.get('loss_error', math.nan):.4f} nats over {found['sequences']:,} sequences"
-    lines.append(loss + (f", accuracy {found['accuracy']:.4f}" if "accuracy" in found else ""))
+    loss, error = found.get("loss", math.nan), found.get("loss_error", math.nan)
+    accuracy = f", accuracy {found['accuracy']:.4f}" if "accuracy" in found else ""
+    lines.append(f"held-out loss {loss:.4f} +- {error:.4f} nats over {found['sequences']:,} sequences{accuracy}")
     if "baselines" in result:
-        bits, unigram, bigram = found["bits_per_byte"], result["baselines"]["unigram"], result["baselines"]["bigram"]
+        unigram, bigram = result["baselines"]["unigram"], result["baselines"]["bigram"]
+        bits = found.get("bits_per_byte", math.nan)
         lines.append(
-            f"held-out bits per byte {bits:.4f}; unigram entropy of the same text {unigram:.4f} ({unigram - bits:+.4f} above the "
-            f"model), bigram model {bigram:.4f} ({bigram - bits:+.4f} above the model)"
+            f"held-out bits per byte {bits:.4f}; unigram entropy of the same text {unigram:.4f} ({unigram - bits:+.4f} above "
+            f"the model), bigram model {bigram:.4f} ({bigram - bits:+.4f} above the model)"
         )
     if "zero_fraction" in found:
         lines.append(
@@ -83,9 +92,10 @@ def describe(result: dict[str, Any], folder: Path) -> list[str]:
 
 def counted_sparsity(trainer: Trainer, batches: int = 4) -> dict[str, Any]:
     """Exact zeros of the FFN hidden vector over the first held-out batches, counted entry by entry, all and by layer."""
-    step = trainer.setup.evaluate(trainer.setup.stage(int(jax.device_get(trainer.state.step))), True)
+    step = trainer.setup.evaluate(trainer.setup.stage(trainer.step), True)
     parameters = trainer.evaluated_parameters()
-    counts = jax.device_get([step(parameters, batch)["counts"] for batch in trainer.held_out(batches)])
+    token_bytes = trainer.token_bytes()
+    counts = jax.device_get([step(parameters, token_bytes, batch)["counts"] for batch in trainer.held_out(batches)])
     zeros, entries = (np.sum([np.float64(count[name]) for count in counts], axis=0) for name in ("zeros", "entries"))
     return {
         "zero_fraction": float(zeros.sum() / entries.sum()),
@@ -147,9 +157,3 @@ def sample_text(trainer: Trainer, prompt: str, tokens: int, temperature: float =
         apply, empty_cache, values, tokenizer, [prompt], min(tokens, room), Sampling(temperature=temperature),
         seed=config.seed, end=tokenizer.eos_id,
     )[0]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)

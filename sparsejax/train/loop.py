@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,19 @@ from sparsejax.config import ExperimentConfig
 from sparsejax.data.pipeline import BatchIterator, DataPipeline
 from sparsejax.evaluate import likelihood
 from sparsejax.models.sizes import flops_per_token
-from sparsejax.parallel import launch
+from sparsejax.parallel import launch, rules
+from sparsejax.plugs import ConfigError
 from sparsejax.train import metrics, optim
-from sparsejax.train.checkpoint import Checkpoints, Record, check_same_run, choose, read_record, restore
+from sparsejax.train.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Choice,
+    Record,
+    check_same_run,
+    choose,
+    read_record,
+    restore,
+)
 from sparsejax.train.progress import ProgressReport, StepTimer
 from sparsejax.train.setup import Setup, examples_to_tokens
 from sparsejax.train.state import TrainState
@@ -31,7 +41,7 @@ from sparsejax.train.state import TrainState
 MAX_ROLLBACKS = 10
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(ConfigError):
     """The loss became unusable and the config says to stop; what was saved before is intact."""
 
 
@@ -75,6 +85,7 @@ class Trainer:
 
     state: TrainState
     checkpoints: Checkpoints
+    origin: Choice  # where the run started; a roll back before its first save goes there
 
     def __init__(self, setup: Setup, data: DataPipeline, folder: Path):
         self.setup, self.data, self.folder = setup, data, folder
@@ -90,22 +101,35 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the last step; returns whether it got there (False: a signal asked to stop, and the state is saved)."""
-        config = self.config
-        first = int(jax.device_get(self.state.step))
-        self.ema = metrics.DebiasedEMA(**self.position.loss_ema)
+        config, first = self.config, self.step
         self.zero_fraction = math.nan
-        stream = metrics.MetricStream()
         self.timer = StepTimer(config.steps, first)
-        main = launch.is_main()
-        names = config.log.writers if main else ()
+        try:
+            with (
+                ProgressReport(config.steps, config.log.every, first, enabled=launch.is_main()) as self.report,
+                Termination() as termination,
+            ):
+                while (finished := self._run_from_here(termination)) is None:
+                    self._roll_back()
+            with self.timer.pause():
+                self.checkpoints.close()
+        finally:
+            # An interpreter that is shutting down starts no threads: a save that is still under way then would be lost.
+            self.checkpoints.join()
+        return finished
+
+    def _run_from_here(self, termination: Termination) -> bool | None:
+        """Steps from the present state on; `run`'s answer, or None after an unusable step when the config says to roll back."""
+        config, main = self.config, launch.is_main()
+        step = self.step
+        self.ema = metrics.DebiasedEMA(**self.position.loss_ema)
+        stream = metrics.MetricStream()
+        self.watch_log = metrics.WatchLog(self.folder, step + 1) if main else None
+        names, config_json = config.log.writers if main else (), json.dumps(dataclasses.asdict(config))
         with (
-            metrics.Writers(self.folder, names, json.dumps(dataclasses.asdict(config)), first + 1) as self.writers,
-            ProgressReport(config.steps, config.log.every, first, enabled=main) as self.report,
-            Termination() as termination,
+            metrics.Writers(self.folder, names, config_json, step + 1) as self.writers,
+            contextlib.closing(self._batches()) as batches,
         ):
-            self.watch_log = metrics.WatchLog(self.folder, first + 1) if main else None
-            step = first
-            batches = self._batches()
             while step < config.steps:
                 batch = next(batches)
                 watch = self._watches(step + 1)
@@ -118,32 +142,34 @@ class Trainer:
                 self.timer.tick(step, self.tokens_per_step)
                 if usable and self._due(config.evaluate.every, step):
                     usable = self._handle(stream.flush())
-                    self._evaluate(step)
+                    if usable:
+                        self._evaluate(step)
                 if usable and (self._due(config.checkpoint.every, step) or step == config.steps):
                     usable = self._handle(stream.flush()) and self._save(step)
                 if usable and self._stops(termination, step):
-                    if self._handle(stream.flush()):
-                        self._save(step)
+                    usable = self._handle(stream.flush()) and self._save(step)
+                    if usable:
                         self.checkpoints.wait()
                         self.report.print(f"stopped on request after step {step:,}; --resume auto goes on from there")
                         return False
-                    usable = False
                 if not usable:
-                    stream = metrics.MetricStream()
-                    step = self._roll_back()
-                    batches = self._batches()
-        with self.timer.pause():
-            self.checkpoints.wait()
+                    return None
         return True
 
-    def _batches(self) -> Iterator[dict[str, jax.Array]]:
+    @property
+    def step(self) -> int:
+        """Optimizer steps done; waits for the device."""
+        return int(jax.device_get(self.state.step))
+
+    def _batches(self) -> Generator[dict[str, jax.Array]]:
         """Batches on their devices from `position.data_index` on, without those that were found unusable."""
         rows = launch.process_rows(self.config.batch_size, self.setup.mesh)
         start = self.position.data_index
-        for index, batch in enumerate(BatchIterator(self.data, rows, start), start):
-            if index not in self.position.skipped:
-                self.position.data_index = index
-                yield launch.global_batch(batch, self.setup.mesh, self.config.batch_size)
+        with contextlib.closing(BatchIterator(self.data, rows, start)) as batches:
+            for index, batch in enumerate(batches, start):
+                if index not in self.position.skipped:
+                    self.position.data_index = index
+                    yield launch.global_batch(batch, self.setup.mesh, self.config.batch_size)
 
     def _watches(self, step: int) -> bool:
         return self._due(self.config.log.watch_every, step) or (
@@ -206,25 +232,30 @@ class Trainer:
         self.position.skipped.append(data_index)
         return False
 
-    def _roll_back(self) -> int:
-        """Go back to the last checkpoint, leaving out the batches that were found unusable; returns its step."""
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint, leaving out the batches that were found unusable."""
         self.rollbacks += 1
         if self.rollbacks > MAX_ROLLBACKS:
             raise TrainingStopped(f"rolled back {MAX_ROLLBACKS} times; batches left out: {self.position.skipped}")
         skipped = self.position.skipped
         with self.timer.pause():
-            self.checkpoints.wait()
-            step = self.restore("auto")
+            with contextlib.suppress(CheckpointError):  # of a save that failed, which was reported then: go back further
+                self.checkpoints.wait()
+            # Before this run's first save, the newest checkpoint of the folder may be of a history that it has left.
+            saved = self.checkpoints.last_good != self.origin.step
+            self.restore(choose("auto", self.folder / "checkpoints") if saved else self.origin)
         self.position.skipped = sorted({*self.position.skipped, *skipped})
-        self.ema = metrics.DebiasedEMA(**self.position.loss_ema)
-        self.report.print(f"rolled back to step {step:,}; batches left out: {self.position.skipped}")
-        return step
+        self.report.print(f"rolled back to step {self.step:,}; batches left out: {self.position.skipped}")
 
-    def restore(self, resume: str) -> int:
-        """Bring state and position from a checkpoint, or draw a new state; returns the step, and prints what was considered."""
+    def choose(self, resume: str) -> Choice:
+        """The checkpoint to start from (see `checkpoint.choose`); prints what was considered."""
         choice = choose(resume, self.folder / "checkpoints")
         if launch.is_main():
             print("\n".join(f"resume: {line}" for line in choice.considered))
+        return choice
+
+    def restore(self, choice: Choice) -> int:
+        """Bring state and position from a checkpoint, or draw a new state; returns the step."""
         if choice.path is None:
             self.state, self.position = self.setup.init(), Position()
         else:
@@ -233,10 +264,13 @@ class Trainer:
             self.state = restore(choice.path, self.setup.abstract_state)
             self.position = Position(**record.extra["position"])
         if not hasattr(self, "checkpoints"):
-            folder, keep = self.folder / "checkpoints", self.config.checkpoint.keep
-            self.checkpoints = Checkpoints(folder, resumed_from=choice.step, keep=keep)
+            self.origin = choice
+            self.checkpoints = Checkpoints(
+                self.folder / "checkpoints", resumed_from=choice.step, keep=self.config.checkpoint.keep,
+                report=lambda text: self.report.print(text),
+            )
         else:
-            self.checkpoints.rolled_back(choice.step or 0)
+            self.checkpoints.rolled_back(choice.step)
         return choice.step or 0
 
     def _save(self, step: int) -> bool:
@@ -245,8 +279,8 @@ class Trainer:
             self.checkpoints.save(step, self.state, record)
         return True
 
-    def _data_identity(self) -> dict[str, str]:
-        return {"fingerprint": self.data.fingerprint}
+    def _data_identity(self) -> dict[str, Any]:
+        return {"fingerprint": self.data.fingerprint, "seed": self.data.seed, "batch_size": self.data.batch_size}
 
     def evaluated_parameters(self) -> Any:
         """The weights that are evaluated: their average where there is one."""
@@ -256,16 +290,25 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         with self.timer.pause():
             found = self.evaluate(self.config.evaluate.batches)
-        row = {f"evaluation/{name}": value for name, value in found._asdict().items() if math.isfinite(value)}
+        row = {f"eval/{name}": value for name, value in found._asdict().items() if math.isfinite(value)}
         self.writers.write(step, row)
-        shown = f"bits per byte {found.bits_per_byte:.4f}" if math.isfinite(found.bits_per_byte) else f"accuracy {found.accuracy:.4f}"
+        bits, accuracy = f"bits per byte {found.bits_per_byte:.4f}", f"accuracy {found.accuracy:.4f}"
+        shown = bits if math.isfinite(found.bits_per_byte) else accuracy
         self.report.print(f"evaluation at step {step:,}: loss {found.loss:.4f} +- {found.loss_error:.4f}, {shown}")
 
     def evaluate(self, batches: int) -> likelihood.Likelihood:
         """Likelihood of the first `batches` held-out batches."""
-        step = self.setup.evaluate(self.setup.stage(int(jax.device_get(self.state.step))), False)
+        step = self.setup.evaluate(self.setup.stage(self.step), False)
         parameters = self.evaluated_parameters()
-        return likelihood.evaluate(lambda batch: step(parameters, batch), self.held_out(batches), metrics.fetch)
+        token_bytes = self.token_bytes()
+        return likelihood.evaluate(lambda batch: step(parameters, token_bytes, batch), self.held_out(batches), metrics.fetch)
+
+    def token_bytes(self) -> jax.Array:
+        """float32[V], UTF-8 bytes of each token on every device; zeros where the data is not text."""
+        counts = np.zeros(self.config.model.vocab_size, np.float32)
+        if self.data.tokenizer is not None:
+            counts[: self.data.tokenizer.vocab_size] = self.data.tokenizer.token_bytes
+        return jax.device_put(counts, rules.replicated(self.setup.mesh))
 
     def held_out(self, batches: int) -> Iterator[dict[str, jax.Array]]:
         """The first held-out batches on their devices."""

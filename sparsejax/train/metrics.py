@@ -186,9 +186,10 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in row.items()}
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -210,7 +211,7 @@ class JsonlWriter:
         del config_json
         path = folder / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if _json_row(path, line)["step"] < first_step]
-        _replace_text(path, "".join(f"{line}\n" for line in kept))
+        replace_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
@@ -246,7 +247,7 @@ class CsvWriter:
 
     def _rewrite(self, rows: Iterable[Sequence[str]]) -> None:
         padded = [list(row) + [""] * (len(self._columns) - len(row)) for row in rows]
-        _replace_text(self._path, "".join(f"{_csv_line(row)}\n" for row in [self._columns, *padded]))
+        replace_text(self._path, "".join(f"{_csv_line(row)}\n" for row in [self._columns, *padded]))
         self._file = self._path.open("a")
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
@@ -284,7 +285,8 @@ class TensorBoardWriter:
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
-            self._writer.add_scalar(name, value, step)
+            if math.isfinite(value):  # TensorBoard draws no nan, and its writer warns of each
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()

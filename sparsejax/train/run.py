@@ -14,6 +14,7 @@ from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.data.pipeline import DataPipeline, build_data
 from sparsejax.models.sizes import ffn_comparison
 from sparsejax.parallel import launch
+from sparsejax.plugs import ConfigError
 from sparsejax.train import metrics
 from sparsejax.train.final import describe, finish
 from sparsejax.train.loop import Trainer
@@ -45,7 +46,7 @@ def train(
     say = print if launch.is_main() else _silent
     data = build_data(config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=config.seed)
     config = _with_data(config, data)
-    setup = prepare(config, data.batch_spec(), byte_lengths(data))
+    setup = prepare(config, data.batch_spec())
     metrics.check_writers(config.log.writers)
     diff = config_text.diff(config, base or config)
     say("\n".join(["config, as far as it differs from the file:", *(f"  {line}" for line in diff)]))
@@ -53,15 +54,16 @@ def train(
     say(ffn_comparison(config.model))
     trainer = Trainer(setup, data, folder)
     _claim_folder(folder, config)
-    compile_seconds = compile_ahead(setup)
+    choice = trainer.choose(resume)
+    compile_seconds = compile_ahead(setup, choice.step or 0)
     say("\n".join(summary(setup)))
     say("\n".join(data.describe()))
-    first = trainer.restore(resume)
+    first = trainer.restore(choice)
     began = time.perf_counter()
     finished = trainer.run()
     train_seconds = time.perf_counter() - began
     if not finished:
-        return {"name": config.name, "finished": False, "step": int(jax.device_get(trainer.state.step)), "folder": str(folder)}
+        return {"name": config.name, "finished": False, "step": trainer.step, "folder": str(folder)}
     seconds = {
         "compile_seconds": compile_seconds,
         "train_seconds": train_seconds,
@@ -83,19 +85,17 @@ def _with_data(config: ExperimentConfig, data: DataPipeline) -> ExperimentConfig
     return finalize(config, vocab_size=data.vocab_size, num_classes=data.num_classes, device_count=jax.device_count())
 
 
-def byte_lengths(data: DataPipeline) -> Any:
-    """UTF-8 bytes per token id, for bits per byte; None where the data is not text."""
-    return None if data.tokenizer is None else data.tokenizer.token_bytes
-
-
 def _claim_folder(folder: Path, config: ExperimentConfig) -> None:
     """Write the config into a new run folder; refuse one that belongs to another config."""
     saved = folder / "config.json"
-    if saved.exists():
-        before = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
-        config_text.require_same(config, before, folder=str(folder))
-    launch.barrier("folder read")
-    if launch.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(config_text.to_json(config), encoding="utf-8")
-        (folder / "config.txt").write_text(config_text.to_text(config), encoding="utf-8")
+    try:
+        if saved.exists():
+            before = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
+            config_text.require_same(config, before, folder=str(folder))
+        launch.barrier("folder read")
+        if launch.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            metrics.replace_text(saved, config_text.to_json(config))
+            metrics.replace_text(folder / "config.txt", config_text.to_text(config))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--out = {str(folder)!r}: not usable as a run folder ({error})") from error

@@ -49,7 +49,7 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a run folder: no such directory")
-    data = RunData(read_metrics(folder), read_watch(folder), _read_result(folder))
+    data = RunData(read_metrics(folder), read_watch(folder), read_result(folder))
     page = folder / "index.html"
     temporary = page.with_suffix(".html.partial")
     temporary.write_text(_render(folder, data, _draw(folder, data)), encoding="utf-8")
@@ -57,7 +57,8 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
     return page
 
 
-def _read_result(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path) -> dict[str, Any]:
+    """`result.json` of a run folder, {} where there is none; raises a ConfigError when it is damaged."""
     path = folder / "result.json"
     if not path.exists():
         return {}

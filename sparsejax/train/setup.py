@@ -52,7 +52,7 @@ class Setup:
         return max((b for b in self.boundaries if b <= step), default=0)
 
 
-def prepare(config: ExperimentConfig, batch_spec: BatchSpec, byte_lengths: Any = None, devices: Any = None) -> Setup:
+def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None) -> Setup:
     """Shapes, shardings and step functions for a finalized config; nothing is allocated and no data is read.
 
     Raises:
@@ -98,12 +98,11 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, byte_lengths: Any =
 
     def evaluate(stage: int, watch: bool) -> Any:
         def jitted() -> Any:
-            step = make_evaluation_step(
-                structure, config, devices=mesh.size, stage=stage, watch=watch, byte_lengths=byte_lengths
-            )
+            step = make_evaluation_step(structure, config, devices=mesh.size, stage=stage, watch=watch)
             return jax.jit(step, out_shardings=rules.replicated(mesh))
 
-        return compiled(f"evaluate stage {stage}" + " watched" * watch, jitted, abstract.trainable, batch)
+        token_bytes = jax.ShapeDtypeStruct((config.model.vocab_size,), "float32", sharding=rules.replicated(mesh))
+        return compiled(f"evaluate stage {stage}" + " watched" * watch, jitted, abstract.trainable, token_bytes, batch)
 
     def init() -> TrainState:
         # Threefry draws depend on nothing but the key, so a sharded init equals one device's.
@@ -149,6 +148,8 @@ def compile_ahead(setup: Setup, first_step: int = 0) -> float:
     """Compile every step function that the run will call; returns the seconds it took."""
     start = time.perf_counter()
     config = setup.config
+    if first_step >= config.steps:
+        return 0.0
     stages = sorted({setup.stage(first_step), *(b for b in setup.boundaries if first_step < b < config.steps)})
     for stage in stages:
         setup.train(stage, False)

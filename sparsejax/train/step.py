@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -184,32 +183,33 @@ def make_evaluation_step(
     devices: int,
     stage: float,
     watch: bool,
-    byte_lengths: np.ndarray | None,
-) -> Callable[[Any, Batch], dict[str, Any]]:
-    """`evaluate(trainable, batch) -> {nll, weight, bytes, correct: [B]}` per sequence, in inference mode; with `watch` also the
-    zeros and entries of the FFN hidden vector per layer, under "counts"."""
+) -> Callable[[Any, Array, Batch], dict[str, Any]]:
+    """`evaluate(trainable, token_bytes, batch) -> {nll, weight, bytes, correct: [B]}` per sequence, in inference mode.
+
+    `token_bytes` float32[V] is the number of UTF-8 bytes of each token. With `watch` also the zeros and entries of the FFN
+    hidden vector per layer, under "counts".
+    """
     probes = watching.probes(config.data.sequence_length) if watch else ()
 
-    def evaluate(trainable: Any, batch: Batch) -> dict[str, Any]:
+    def evaluate(trainable: Any, token_bytes: Array, batch: Batch) -> dict[str, Any]:
         model = build(structure, trainable, config.model.dtype)
         ctx = Context(mode="prefill", stage=stage, probes=probes)
         h, stats, _ = model.features(batch, ctx)
         if "labels" in batch:
             sums: dict[str, Any] = label_sums(model.logits(h, ctx), batch["labels"], batch["weights"])
         else:
-            sums = _sequence_sums(model, h, batch, ctx, devices, byte_lengths)
+            sums = _sequence_sums(model, h, batch, ctx, devices, token_bytes)
         return {**sums, "counts": watching.zero_counts(stats)} if watch else sums
 
     return evaluate
 
 
 def _sequence_sums(
-    model: Transformer, h: Array, batch: Batch, ctx: Context, devices: int, byte_lengths: np.ndarray | None
+    model: Transformer, h: Array, batch: Batch, ctx: Context, devices: int, token_bytes: Array
 ) -> dict[str, Array]:
     """`evaluate.likelihood.token_sums` piece by piece along the sequence."""
     batch_size, length = batch["targets"].shape
     chunks = chunks_for(batch_size, length, model.config.value.vocab_size, devices)
-    lengths = None if byte_lengths is None else jnp.asarray(byte_lengths, jnp.float32)
 
     def pieces(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
@@ -217,7 +217,7 @@ def _sequence_sums(
     def piece(xs: tuple[Array, Array, Array]) -> dict[str, Array]:
         h_piece, targets, weights = xs
         nll, _, correct = per_token(model.logits(h_piece, ctx), targets)
-        return token_sums(nll, weights, targets, lengths, correct)
+        return token_sums(nll, weights, targets, token_bytes, correct)
 
     found = jax.lax.map(piece, (pieces(h), pieces(batch["targets"]), pieces(batch["weights"])))
     return jax.tree.map(lambda a: jnp.sum(a, axis=0), found)

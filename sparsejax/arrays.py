@@ -190,7 +190,32 @@ def _log_reference(x_kind: str, w_kind: str) -> None:
 def _product(x: Array, w: Array, groups: Any, accumulator: Any) -> Array:
     if groups is not None:
         return grouped_matmul(x, w, groups, preferred_element_type=accumulator)
+    if w.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating):
+        return _dense_product(accumulator, x, w)
     return jnp.matmul(x, w, preferred_element_type=accumulator)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense_product(accumulator: Any, x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Array:
+    """x @ w whose weight gradient is asked for with the narrower operand first.
+
+    XLA:CPU writes a transposed copy of the first operand of such a product. JAX's own rule always puts the output's gradient
+    first: 16 % of a training step with a GELU FFN of 256 x 1024 goes into copying that of the wide hidden vector.
+    """
+    return jnp.matmul(x, w, preferred_element_type=accumulator)
+
+
+def _dense_product_backward(accumulator: Any, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = residuals
+    g = g.astype(x.dtype)  # float32 logits over bfloat16 operands: products of equal types are the fast ones
+    rows = tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype)
+    first, second = (x, g) if x.shape[-1] <= g.shape[-1] else (g, x)
+    dw = jax.lax.dot_general(first, second, ((rows, rows), ((), ())), preferred_element_type=w.dtype)
+    return dx, dw if first is x else dw.T
+
+
+_dense_product.defvjp(lambda accumulator, x, w: (_dense_product(accumulator, x, w), (x, w)), _dense_product_backward)
 
 
 def _array_array(x: Array, w: Array, groups: Any, out_dtype: Any) -> Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparsejax.arrays import matmul
 from sparsejax.layers.linear import Init, Linear
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module, weight
@@ -47,7 +48,7 @@ class Embedding(Module):
 
     def attend(self, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of a tied head, float32."""
-        return jnp.matmul(h, self.table.get_value().T.astype(h.dtype), preferred_element_type=jnp.float32)
+        return matmul(h, self.table.get_value().T, out_dtype=jnp.float32)
 
 
 class PatchEmbedding(Module):

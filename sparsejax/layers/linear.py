@@ -103,12 +103,12 @@ class Linear(Module):
             x = op(x, ctx)
         return x
 
-    def product(self, operand: Any, ctx: Context, groups: Array | None = None) -> Array:
-        """operand @ weight + bias; `groups` as in `arrays.matmul`."""
+    def product(self, operand: Any, ctx: Context, groups: Array | None = None, out_dtype: Any = None) -> Array:
+        """operand @ weight + bias; `groups` and `out_dtype` as in `arrays.matmul`."""
         w = self.kernel.get_value()
         for op in self.weights:
             w = op(w, ctx)
-        y = matmul(operand, w, groups=groups)
+        y = matmul(operand, w, groups=groups, out_dtype=out_dtype)
         if self.bias is None:
             return y
         bias = self.bias.get_value().astype(y.dtype)

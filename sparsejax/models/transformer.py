@@ -88,7 +88,10 @@ class Transformer(Module):
     def logits(self, h: Float[Array, "... D"], ctx: Context = Context()) -> Float[Array, "... V"]:
         """float32 logits of the head, soft-capped if the config says so."""
         with nnx_compat.read_only():
-            logits = self.embed.attend(h) if self.head is None else self.head(h, ctx).astype(jnp.float32)
+            if self.head is None:
+                logits = self.embed.attend(h)
+            else:
+                logits = self.head.product(self.head.encode(h, ctx), ctx, out_dtype=jnp.float32)
             cap = self.config.value.head_softcap
             return cap * jnp.tanh(logits / cap) if cap else logits
 

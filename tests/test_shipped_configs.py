@@ -1,6 +1,7 @@
 """Every config in configs/, as it resolves. After an intended change: `make golden`, then read the diff of tests/golden."""
 
 import ast
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +12,11 @@ import pytest
 from experiments.entry import load_config
 from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.config_text import from_json, to_json, to_text
+from sparsejax.data.pipeline import build_data
+from sparsejax.parallel.config import MeshConfig
+from sparsejax.parallel.rules import use_mesh
+from sparsejax.plugs import ConfigError
+from sparsejax.train.setup import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden" / "configs"
@@ -77,3 +83,23 @@ if __name__ == "__main__":
     for path in PATHS:
         (GOLDEN / f"{path.stem}.txt").write_text(to_text(finalize(load_config(str(path)))), encoding="utf-8")
     print(f"wrote {len(PATHS)} dumps to {GOLDEN.relative_to(ROOT)}")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+def test_a_shipped_config_lowers_to_a_training_step(path):
+    base = load_config(str(path))
+    # Meshes for pods are laid over the devices here; the shapes of the parameters and of the step stay those of the config.
+    sharded = MeshConfig(data=1, fsdp=8) if base.mesh.fsdp != 1 else MeshConfig()
+    config = finalize(dataclasses.replace(base, mesh=sharded))
+    try:
+        data = build_data(config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=0)
+    except ConfigError as error:
+        if "not on this machine" not in str(error):
+            raise
+        pytest.skip(str(error))
+    config = finalize(config, vocab_size=data.vocab_size, num_classes=data.num_classes)
+    setup = prepare(config, data.batch_spec())
+    for stage in sorted({0, *setup.boundaries}):
+        with use_mesh(setup.mesh):
+            text = setup.jitted(stage, False).trace(setup.abstract_state, setup.batch_spec).lower().as_text()
+        assert "stablehlo" in text

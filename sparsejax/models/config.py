@@ -82,7 +82,7 @@ class ModelConfig:
     init: str = "fan_in"  # fan_in | normal:STD
     dtype: str = "float32"  # compute dtype: float32 | bfloat16; master weights stay float32
     scan: bool = True
-    unroll: int = 0  # layers per scan step; 0: all on CPU, 1 elsewhere
+    unroll: int = 0  # layers per scan step; 0: up to six on CPU, 1 elsewhere
     remat: str = "none"  # none | full | dots | a name of sparsejax.layers.stack.REMAT_POLICIES
     norm: NormConfig = field(default_factory=NormConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -42,6 +43,7 @@ STATE, TREE, RECORD = "state", "tree.json", "record.json"
 _CHOICE_BYTES = 16 * 1024
 
 
+@functools.cache  # a look-up costs some 10 ms, and each save waits for six
 def versions() -> dict[str, str]:
     """Versions of what determines the bits of a run."""
     return {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}

@@ -53,12 +53,13 @@ def train(
     say(parameter_table(setup))
     say(ffn_comparison(config.model))
     trainer = Trainer(setup, data, folder)
-    _claim_folder(folder, config)
+    _open_folder(folder, config)
     choice = trainer.choose(resume)
     compile_seconds = compile_ahead(setup, choice.step or 0)
     say("\n".join(summary(setup)))
     say("\n".join(data.describe()))
     first = trainer.restore(choice)
+    _claim_folder(folder, config)
     began = time.perf_counter()
     finished = trainer.run()
     train_seconds = time.perf_counter() - began
@@ -85,17 +86,22 @@ def _with_data(config: ExperimentConfig, data: DataPipeline) -> ExperimentConfig
     return finalize(config, vocab_size=data.vocab_size, num_classes=data.num_classes, device_count=jax.device_count())
 
 
-def _claim_folder(folder: Path, config: ExperimentConfig) -> None:
-    """Write the config into a new run folder; refuse one that belongs to another config."""
+def _open_folder(folder: Path, config: ExperimentConfig) -> None:
+    """Make a run folder that is not there; refuse one that belongs to another config."""
     saved = folder / "config.json"
     try:
         if saved.exists():
             before = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
             config_text.require_same(config, before, folder=str(folder))
-        launch.barrier("folder read")
         if launch.is_main():
             folder.mkdir(parents=True, exist_ok=True)
-            metrics.replace_text(saved, config_text.to_json(config))
-            metrics.replace_text(folder / "config.txt", config_text.to_text(config))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--out = {str(folder)!r}: not usable as a run folder ({error})") from error
+
+
+def _claim_folder(folder: Path, config: ExperimentConfig) -> None:
+    """Write the config, when nothing is left that may be refused: a start that failed leaves the folder to another config."""
+    launch.barrier("folder read")
+    if launch.is_main():
+        metrics.replace_text(folder / "config.json", config_text.to_json(config))
+        metrics.replace_text(folder / "config.txt", config_text.to_text(config))

@@ -19,13 +19,15 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from sparsejax.plugs import ConfigError
 from sparsejax.train.metrics import read_metrics, read_watch
-from sparsejax.train.run_plots import PLOTS, RunData
+
+if TYPE_CHECKING:
+    from sparsejax.train.run_plots import RunData
 
 # Results that are shown large at the top when present: name -> what is printed under the number.
 _TILES = {
@@ -49,6 +51,8 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a run folder: no such directory")
+    from sparsejax.train.run_plots import RunData  # matplotlib, which an import of the library should not load
+
     data = RunData(read_metrics(folder), read_watch(folder), read_result(folder))
     page = folder / "index.html"
     temporary = page.with_suffix(".html.partial")
@@ -73,6 +77,8 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 def _draw(folder: Path, data: RunData) -> list[dict[str, str]]:
     """Write every plot that has data, remove those of an earlier page that no longer have any, and embed them."""
+    from sparsejax.train.run_plots import PLOTS
+
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     drawn = []

@@ -31,7 +31,7 @@ class Setup:
     """A model on its mesh, with the functions that train and evaluate it.
 
     `shardings` and `abstract_state` have the structure of TrainState; `train(stage, watch)` and `evaluate(stage, watch)` give
-    compiled functions and compile each at most once.
+    compiled functions and compile each at most once; `jitted` is the training step before that.
     """
 
     config: ExperimentConfig
@@ -43,6 +43,7 @@ class Setup:
     boundaries: tuple[int, ...]
     schedule: optax.Schedule
     init: Callable[[], TrainState]
+    jitted: Callable[[int, bool], Any]
     train: Callable[[int, bool], Any]
     evaluate: Callable[[int, bool], Any]
     compilations: dict[str, aot.Compilation]
@@ -87,22 +88,23 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
                 compilations[name] = aot.lower_and_compile(fn(), *avals)
         return compilations[name].compiled
 
-    def train(stage: int, watch: bool) -> Any:
-        def jitted() -> Any:
-            step = make_train_step(
-                structure, config, objectives, transformation, schedule, devices=mesh.size, stage=stage, watch=watch
-            )
-            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    def jitted(stage: int, watch: bool) -> Any:
+        step = make_train_step(
+            structure, config, objectives, transformation, schedule, devices=mesh.size, stage=stage, watch=watch
+        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
-        return compiled(f"train stage {stage}" + " watched" * watch, jitted, abstract, batch)
+    def train(stage: int, watch: bool) -> Any:
+        name = f"train stage {stage}" + " watched" * watch
+        return compiled(name, lambda: jitted(stage, watch), abstract, batch)
 
     def evaluate(stage: int, watch: bool) -> Any:
-        def jitted() -> Any:
+        def evaluation() -> Any:
             step = make_evaluation_step(structure, config, devices=mesh.size, stage=stage, watch=watch)
             return jax.jit(step, out_shardings=rules.replicated(mesh))
 
         token_bytes = jax.ShapeDtypeStruct((config.model.vocab_size,), "float32", sharding=rules.replicated(mesh))
-        return compiled(f"evaluate stage {stage}" + " watched" * watch, jitted, abstract.trainable, token_bytes, batch)
+        return compiled(f"evaluate stage {stage}" + " watched" * watch, evaluation, abstract.trainable, token_bytes, batch)
 
     def init() -> TrainState:
         # Threefry draws depend on nothing but the key, so a sharded init equals one device's.
@@ -118,6 +120,7 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
         boundaries=SiteRules.parse(config.model.inputs, config.model.weights).boundaries(),
         schedule=schedule,
         init=init,
+        jitted=jitted,
         train=train,
         evaluate=evaluate,
         compilations=compilations,

@@ -16,8 +16,8 @@ def get_config(arg: str = "") -> ExperimentConfig:
     check(not arg, "tiny_everything", arg, "takes no argument")
     config = moe_tiny.get_config()
     config.name = "tiny_everything"
-    config.model.feed_pattern = ("ffn", "moe:experts=4,k=2,hidden=256")
+    config.model.feed_pattern = ("ffn", "moe:experts=4,k=2,hidden=256,balance=sequence")
     config.model.inputs = ("blocks.*.mlp.{down,experts.down}=topk:0.25|int8:start=100", "blocks.**=int8:start=100")
     config.model.weights = ("blocks.**=int8:start=100",)
-    config.objectives = (*config.objectives, "l1:weights=0/1e-6/1e-5,ends=50/100/400")
+    config.objectives = (*config.objectives, "l1:weights=0/1e-6/1e-5,ends=50/100/300")
     return config

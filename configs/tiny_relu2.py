@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ExperimentConfig:
     check(not arg, "tiny_relu2", arg, "takes no argument")
     return ExperimentConfig(
         name="tiny_relu2",
-        steps=400,
+        steps=300,
         batch_size=32,
         model=ModelConfig(
             num_layers=4,
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ExperimentConfig:
             attention=AttentionConfig(num_heads=4, qk_norm=True),
             ffn=FFNConfig(activation="relu2"),
         ),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=40, arguments="b2=0.98"),
-        log=LogConfig(every=10, watch_every=50),
-        evaluate=EvaluateConfig(batches=32, sample_tokens=300, sample_prompt="def "),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30, arguments="b2=0.98"),
+        log=LogConfig(every=10, watch_every=20),
+        evaluate=EvaluateConfig(every=100, batches=16, sample_tokens=300, sample_prompt="def "),
     )

@@ -13,13 +13,15 @@ import jax
 import numpy as np
 
 from sparsejax import nnx_compat
+from sparsejax.config_text import to_json
 from sparsejax.context import Context
 from sparsejax.data.pipeline import DataPipeline
 from sparsejax.evaluate.generate import Sampling, generate_text
+from sparsejax.evaluate.likelihood import Likelihood
 from sparsejax.evaluate.ngram import NgramBaselines, ngram_baselines
 from sparsejax.parallel import launch, rules
 from sparsejax.train import metrics
-from sparsejax.train.loop import Trainer
+from sparsejax.train.loop import Trainer, evaluation_row
 from sparsejax.train.run_page import read_result, write_page
 from sparsejax.train.state import build
 
@@ -54,9 +56,19 @@ def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict
         prompt = config.evaluate.sample_prompt or "\n"
         result["sample"] = {"prompt": prompt, "text": sample_text(trainer, prompt, config.evaluate.sample_tokens)}
     if launch.is_main():
+        _log_last_evaluation(trainer, found)
         metrics.replace_text(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         write_page(folder)
     return result
+
+
+def _log_last_evaluation(trainer: Trainer, found: Likelihood) -> None:
+    """The last held-out values as a row of the metrics, once."""
+    config, step = trainer.config, trainer.config.steps
+    if any(row["step"] == step and "eval/loss" in row for row in metrics.read_metrics(trainer.folder)):
+        return
+    with metrics.Writers(trainer.folder, config.log.writers, to_json(config), step + 1) as writers:
+        writers.write(step, evaluation_row(found))
 
 
 def _timings_before(folder: Path, seconds: dict[str, float]) -> dict[str, float]:

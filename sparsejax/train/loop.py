@@ -57,6 +57,11 @@ class Position:
         return dataclasses.asdict(self)
 
 
+def evaluation_row(found: likelihood.Likelihood) -> dict[str, float]:
+    """What was measured on held-out data, as a row of the metrics."""
+    return {f"eval/{name}": value for name, value in found._asdict().items() if math.isfinite(value)}
+
+
 class Termination:
     """SIGTERM and SIGINT as a flag: the loop saves and leaves after the step in hand."""
 
@@ -290,7 +295,7 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         with self.timer.pause():
             found = self.evaluate(self.config.evaluate.batches)
-        row = {f"eval/{name}": value for name, value in found._asdict().items() if math.isfinite(value)}
+        row = evaluation_row(found)
         self.writers.write(step, row)
         bits, accuracy = f"bits per byte {found.bits_per_byte:.4f}", f"accuracy {found.accuracy:.4f}"
         shown = bits if math.isfinite(found.bits_per_byte) else accuracy

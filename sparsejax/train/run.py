@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,8 @@ def train(
       resume: auto | never | step=N | path of a checkpoint.
       command: the command line, for the record.
     Raises:
-      ConfigError: anything about config, data, folder or checkpoint that does not fit, before the first step.
+      ConfigError: anything about config, data, folder or checkpoint that does not fit, before the first step; later a loss that
+        is not usable where the config says to stop, and a full disk.
     """
     start = time.perf_counter()
     launch.initialize()
@@ -59,19 +63,20 @@ def train(
     say("\n".join(summary(setup)))
     say("\n".join(data.describe()))
     first = trainer.restore(choice)
-    _claim_folder(folder, config)
-    began = time.perf_counter()
-    finished = trainer.run()
-    train_seconds = time.perf_counter() - began
-    if not finished:
-        return {"name": config.name, "finished": False, "step": trainer.step, "folder": str(folder)}
-    seconds = {
-        "compile_seconds": compile_seconds,
-        "train_seconds": train_seconds,
-        "tokens_per_second": trainer.timer.tokens_per_second,
-        "steps_run": config.steps - first,
-    }
-    result = finish(trainer, command, diff, seconds)
+    with _full_disk_told(folder):
+        _claim_folder(folder, config)
+        began = time.perf_counter()
+        finished = trainer.run()
+        train_seconds = time.perf_counter() - began
+        if not finished:
+            return {"name": config.name, "finished": False, "step": trainer.step, "folder": str(folder)}
+        seconds = {
+            "compile_seconds": compile_seconds,
+            "train_seconds": train_seconds,
+            "tokens_per_second": trainer.timer.tokens_per_second,
+            "steps_run": config.steps - first,
+        }
+        result = finish(trainer, command, diff, seconds)
     say("\n".join(describe(result, folder)))
     say(f"total {time.perf_counter() - start:.1f} s")
     return {**result, "finished": True, "folder": str(folder)}
@@ -84,6 +89,20 @@ def _silent(*values: Any) -> None:
 def _with_data(config: ExperimentConfig, data: DataPipeline) -> ExperimentConfig:
     """The config with what only the data knows: vocabulary or classes."""
     return finalize(config, vocab_size=data.vocab_size, num_classes=data.num_classes, device_count=jax.device_count())
+
+
+@contextlib.contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    """A disk that fills up under metrics, statistics or the page as one message, like that under a checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(
+            f"{error.filename or folder}: {error.strerror}; the checkpoints in {folder / 'checkpoints'} are intact, and the "
+            "same command goes on from the last one when there is space"
+        ) from error
 
 
 def _open_folder(folder: Path, config: ExperimentConfig) -> None:

@@ -1,6 +1,8 @@
 """What a user can get wrong, through the command: one message that names the thing, status 2, nothing done that is lost."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 
 from experiments import entry
 from experiments import train as verb
-from sparsejax.train import checkpoint_files, run
+from sparsejax.train import checkpoint_files, metrics, run
 
 ROOT = Path(__file__).parents[2]
 CONFIG = f"--config={ROOT / 'tests/train/tiny_run.py'}"
@@ -177,7 +179,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"), [(truncate, "bytes instead of"), (flip, "has changed"), (Path.unlink, "is missing")], ids=lambda value: ""
+    ("harm", "words"), [(truncate, "bytes instead of"), (flip, "has changed"), (Path.unlink, "is missing")]
 )
 @pytest.mark.parametrize("form", ["step", "path"])
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error_and_nothing_else_is_used(refusal, folder, harm, words, form):
@@ -207,6 +209,22 @@ def test_a_damaged_config_in_the_folder_is_named(refusal, folder, content):
     message = refusal("--config.steps=8")
     assert "config.json" in message or str(folder) in message
     assert (folder / "config.json").read_bytes() == content
+
+
+def test_a_disk_that_fills_up_under_the_metrics_is_one_message_and_no_checkpoint_is_lost(refusal, folder, monkeypatch):
+    monkeypatch.setattr(run, "compile_ahead", lambda *arguments: 0.0)
+    write = metrics.JsonlWriter.write
+
+    def full_at_six(self, step, row):
+        if step == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, step, row)
+
+    monkeypatch.setattr(metrics.JsonlWriter, "write", full_at_six)
+    message = refusal("--config.steps=8", "--resume=step=4")
+    assert "No space left on device" in message and str(folder) in message and "are intact" in message
+    assert checkpoint_files.damage(folder / "checkpoints" / "4") is None
+    assert checkpoint_files.damage(folder / "checkpoints" / "8") is None
 
 
 def test_a_run_folder_that_is_a_file_is_named(refusal, tmp_path):

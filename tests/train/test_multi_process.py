@@ -67,9 +67,9 @@ def together(tmp_path_factory) -> tuple[Path, Path, list[str]]:
 
 
 def test_two_processes_train_as_one_does(together, tmp_path):
-    text, folder, printed = together
+    text, folder, _ = together
     alone(text, tmp_path)
-    (found, expected) = (losses(folder), losses(tmp_path))
+    found, expected = losses(folder), losses(tmp_path)
     assert [step for step, _ in found] == [step for step, _ in expected] == list(range(1, 13))
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-6)
 

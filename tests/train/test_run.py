@@ -24,6 +24,7 @@ from sparsejax import config_text
 from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.data.pipeline import DataPipeline, build_data
 from sparsejax.parallel.config import MeshConfig
+from sparsejax.plugs import ConfigError
 from sparsejax.train import checkpoint_files, metrics
 from sparsejax.train.checkpoint import CheckpointError, read_record
 from sparsejax.train.loop import MAX_ROLLBACKS, Trainer, TrainingStopped
@@ -34,6 +35,8 @@ CONFIG = "tests/train/tiny_run.py"
 STEPS = 12
 MEASURED = ("tokens_per_second", "mfu")  # depend on the clock
 SETUPS: dict[str, Setup] = {}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 
 def experiment(**changes) -> ExperimentConfig:
@@ -133,19 +136,19 @@ def processes(tmp_path_factory):
         command = [sys.executable, "-m", "experiments.train", *arguments(fault, flags, fault)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
-    process, metrics_file, wanted = start("slow", ADAMW), folder / "slow" / "metrics.jsonl", random.randint(1, STEPS - 2)
+    process, metrics_file, wanted = start("killed", ADAMW), folder / "killed" / "metrics.jsonl", random.randint(1, STEPS - 2)
     while not metrics_file.exists() or metrics_file.read_text().count("\n") < wanted:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.03))
     process.kill()
-    output = {"slow": (process.communicate()[0], process.returncode)}
+    output = {"killed": (process.communicate()[0], process.returncode)}
     process = start("killed_while_saving", LION)
     output["killed_while_saving"] = process.communicate(timeout=120)[0], process.returncode
     for name in output:
         shutil.copytree(folder / name, folder / f"{name}_as_left")
 
-    jobs = [arguments("", ADAMW, "adamw"), arguments("", LION, "lion"), arguments("", ADAMW, "slow"),
+    jobs = [arguments("", ADAMW, "adamw"), arguments("", LION, "lion"), arguments("", ADAMW, "killed"),
             arguments("", LION, "killed_while_saving"), arguments("terminated", ADAMW, "terminated")]
     referee = subprocess.run([sys.executable, "-c", REFEREE, json.dumps(jobs)], capture_output=True, timeout=240, **options)
     assert referee.returncode == 0, referee.stderr
@@ -155,9 +158,9 @@ def processes(tmp_path_factory):
 
 def test_a_run_killed_at_a_random_moment_goes_on_to_the_same_bits(processes):
     folder, output = processes
-    assert output["slow"][1] == -signal.SIGKILL, output["slow"][0]
-    assert 0 < len(rows(folder / "slow_as_left")) < STEPS
-    assert_same_bits(folder / "slow", folder / "adamw")
+    assert output["killed"][1] == -signal.SIGKILL, output["killed"][0]
+    assert 0 < len(rows(folder / "killed_as_left")) < STEPS
+    assert_same_bits(folder / "killed", folder / "adamw")
 
 
 def test_a_run_killed_while_saving_goes_on_to_the_same_bits_with_another_optimizer_and_accumulation(processes):
@@ -213,11 +216,16 @@ def test_a_step_can_be_asked_for(clean, copy):
         made.choose("step=7")
 
 
-@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/12"])
-def test_a_path_can_be_asked_for_and_another_folder_goes_on_from_it(clean, tmp_path, below):
+@pytest.mark.parametrize(("below", "step"), [("", 12), ("checkpoints", 12), ("checkpoints/4", 4)])
+def test_a_path_can_be_asked_for_and_another_folder_goes_on_from_it(clean, tmp_path, below, step):
     made = trainer(tmp_path / "new")
-    assert made.restore(made.choose(str(clean / below))) == STEPS
+    assert made.restore(made.choose(str(clean / below))) == step
     assert made.run()
+    assert rows(tmp_path / "new") == rows(clean)[step:]
+    expected = arrays(clean)
+    leaves = jax.tree.leaves(jax.device_get(made.state.trainable))
+    assert len(leaves) == sum(name.startswith("trainable.") for name in expected)
+    assert {leaf.tobytes() for leaf in leaves} <= {np.asarray(value).tobytes() for value in expected.values()}
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(clean, copy, capsys):
@@ -317,6 +325,8 @@ def bad_batches(folder: Path) -> list[dict]:
 def test_stop_names_the_batch_and_leaves_checkpoints_from_which_the_run_goes_on(clean, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         spoil(patch, nan, lambda index: index == 6)
+        # The command tells a ConfigError as one message.
+        assert issubclass(TrainingStopped, ConfigError)
         with pytest.raises(TrainingStopped, match="step 7: loss nan, gradient norm nan, batch 6 is not usable; .*intact"):
             run(tmp_path)
     assert bad_batches(tmp_path) == [{"step": 7, "data_index": 6, "loss": "nan", "policy": "stop"}]
@@ -345,14 +355,16 @@ def test_skip_goes_on_with_the_state_before(clean, tmp_path, monkeypatch):
     assert position(tmp_path)["skipped"] == [] and position(tmp_path)["data_index"] == STEPS
 
 
-def test_roll_back_is_a_run_that_never_saw_the_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bad", [3, 6, 11], ids=["before the first save", "between saves", "last"])
+def test_roll_back_is_a_run_that_never_saw_the_batch(tmp_path, monkeypatch, bad):
     with monkeypatch.context() as patch:
-        spoil(patch, nan, lambda index: index == 6)
+        spoil(patch, nan, lambda index: index == bad)
         run(tmp_path / "back", checkpoint={"on_nan": "rollback"})
-    assert bad_batches(tmp_path / "back") == [{"step": 7, "data_index": 6, "loss": "nan", "policy": "rollback"}]
-    assert position(tmp_path / "back") | {"loss_ema": None} == {"data_index": 13, "skipped": [6], "loss_ema": None}
+    assert bad_batches(tmp_path / "back") == [{"step": bad + 1, "data_index": bad, "loss": "nan", "policy": "rollback"}]
+    found = position(tmp_path / "back")
+    assert (found["data_index"], found["skipped"]) == (13, [bad])
     batch = DataPipeline.batch
-    monkeypatch.setattr(DataPipeline, "batch", lambda self, step, **rest: batch(self, step + (step >= 6), **rest))
+    monkeypatch.setattr(DataPipeline, "batch", lambda self, step, **rest: batch(self, step + (step >= bad), **rest))
     run(tmp_path / "without")
     assert rows(tmp_path / "back") == rows(tmp_path / "without")
     expected = arrays(tmp_path / "without")

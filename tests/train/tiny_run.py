@@ -11,12 +11,12 @@ from sparsejax.train import checkpoint_files, metrics
 from sparsejax.train.config import CheckpointConfig, EvaluateConfig, LogConfig, OptimizerConfig
 
 
-def slow() -> None:
-    """Every step takes some milliseconds longer, so that a signal meets the run in its middle."""
+def killed() -> None:
+    """Steps take some milliseconds longer, and the eleventh waits: the process is met in the middle of its run."""
     fetch = metrics.fetch
 
     def late(tree):
-        time.sleep(0.03)
+        time.sleep(0.03 if tree["data_index"] < 10 else 600)
         return fetch(tree)
 
     metrics.fetch = late
@@ -48,7 +48,7 @@ def terminated() -> None:
     metrics.fetch = interrupted
 
 
-FAULTS = {"": lambda: None, "terminated": terminated, "slow": slow, "killed_while_saving": killed_while_saving}
+FAULTS = {"": lambda: None, "terminated": terminated, "killed": killed, "killed_while_saving": killed_while_saving}
 
 
 def get_config(arg: str = "") -> ExperimentConfig:

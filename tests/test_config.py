@@ -205,7 +205,9 @@ def test_the_choices_are_those_that_the_dataclasses_document():
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon", "adafactor", "adam", "schedule_free_adamw", "prodigy"])
 def test_optimizers_of_optax_are_found_by_name(optimizer):
     decays = optimizer not in ("adam", "adafactor")
-    assert finalize(with_fields(optimizer__name=optimizer, optimizer__weight_decay=0.1 * decays)).optimizer.name == optimizer
+    schedule = "constant" if optimizer.startswith("schedule_free") else "cosine"
+    fields = dict(optimizer__name=optimizer, optimizer__weight_decay=0.1 * decays, optimizer__schedule=schedule)
+    assert finalize(with_fields(**fields)).optimizer.name == optimizer
 
 
 # Text, JSON, comparison

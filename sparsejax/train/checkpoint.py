@@ -104,14 +104,14 @@ def check_same_run(record: Record, config: Mapping[str, Any], data: Mapping[str,
     Raises:
       CheckpointError: naming the folder and every key of the config or data that differs, with both values.
     """
-    differing = [
+    found = [
         f"{part}.{key}: the folder has {have!r}, this run has {want!r}"
         for part, saved, wanted in (("config", record.config, config), ("data", record.data, data))
-        for key, have, want in _differing(_jsonable(saved), _jsonable(wanted))
+        for key, have, want in differing(_jsonable(saved), _jsonable(wanted))
     ]
-    if differing:
-        more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
-        raise CheckpointError(f"{folder} belongs to another run: {'; '.join(differing[:8])}{more}. Use another folder, or the "
+    if found:
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise CheckpointError(f"{folder} belongs to another run: {'; '.join(found[:8])}{more}. Use another folder, or the "
                               "config it was made with")
 
 
@@ -119,11 +119,12 @@ def _jsonable(value: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _differing(saved: Any, wanted: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differing(saved: Any, wanted: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, saved value, wanted value) of everything that differs between two nested dicts."""
     if not (isinstance(saved, dict) and isinstance(wanted, dict)):
         return [(prefix.rstrip("."), saved, wanted)] if saved != wanted else []
     keys = [*saved, *(key for key in wanted if key not in saved)]
-    return [found for key in keys for found in _differing(saved.get(key), wanted.get(key), f"{prefix}{key}.")]
+    return [found for key in keys for found in differing(saved.get(key), wanted.get(key), f"{prefix}{key}.")]
 
 
 def choose(resume: str, folder: Path | str) -> Choice:

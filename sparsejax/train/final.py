@@ -52,20 +52,21 @@ def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict
         baselines = held_out_baselines(trainer)
         result["baselines"] = {"unigram": baselines.entropy, "bigram": baselines.bigram}
         result["bytes_per_token"] = found.bytes / found.tokens
-    if config.evaluate.sample_tokens:
-        prompt = config.evaluate.sample_prompt or "\n"
-        result["sample"] = {"prompt": prompt, "text": sample_text(trainer, prompt, config.evaluate.sample_tokens)}
+    prompt = config.evaluate.sample_prompt or "\n"
+    if room_after(trainer, prompt) > 0:
+        result["sample"] = {"prompt": prompt, "text": sample_text(trainer, prompt, room_after(trainer, prompt))}
     if launch.is_main():
-        _log_last_evaluation(trainer, found)
+        if seconds["steps_run"]:
+            _log_last_evaluation(trainer, found)
         metrics.replace_text(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         write_page(folder)
     return result
 
 
 def _log_last_evaluation(trainer: Trainer, found: Likelihood) -> None:
-    """The last held-out values as a row of the metrics, once."""
+    """The last held-out values as a row of the metrics, unless the loop has just written them."""
     config, step = trainer.config, trainer.config.steps
-    if any(row["step"] == step and "eval/loss" in row for row in metrics.read_metrics(trainer.folder)):
+    if config.evaluate.every and step % config.evaluate.every == 0:
         return
     with metrics.Writers(trainer.folder, config.log.writers, to_json(config), step + 1) as writers:
         writers.write(step, evaluation_row(found))
@@ -146,6 +147,14 @@ def _scored_bytes(trainer: Trainer) -> Iterator[np.ndarray]:
                 yield np.frombuffer(tokenizer.decode(tokens[segments == segment]).encode(), np.uint8)
 
 
+def room_after(trainer: Trainer, prompt: str) -> int:
+    """Tokens to sample after the prompt: as many as the config asks for and learned positions leave room for."""
+    config, tokenizer = trainer.config, trainer.data.tokenizer
+    if tokenizer is None or config.model.positions.kind != "learned":
+        return config.evaluate.sample_tokens
+    return min(config.evaluate.sample_tokens, config.model.max_length - len(tokenizer.encode(prompt)))
+
+
 def sample_text(trainer: Trainer, prompt: str, tokens: int, temperature: float = 0.8) -> str:
     """Text that the model continues a prompt with."""
     structure, config = trainer.setup.structure, trainer.config
@@ -164,8 +173,7 @@ def sample_text(trainer: Trainer, prompt: str, tokens: int, temperature: float =
     values = jax.tree.map(lambda a: a.addressable_data(0), whole)
     tokenizer = trainer.data.tokenizer
     assert tokenizer is not None
-    room = config.model.max_length - len(tokenizer.encode(prompt)) if config.model.positions.kind == "learned" else tokens
     return generate_text(
-        apply, empty_cache, values, tokenizer, [prompt], min(tokens, room), Sampling(temperature=temperature),
+        apply, empty_cache, values, tokenizer, [prompt], tokens, Sampling(temperature=temperature),
         seed=config.seed, end=tokenizer.eos_id,
     )[0]

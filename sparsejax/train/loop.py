@@ -31,6 +31,7 @@ from sparsejax.train.checkpoint import (
     Record,
     check_same_run,
     choose,
+    differing,
     read_record,
     restore,
 )
@@ -266,6 +267,9 @@ class Trainer:
         else:
             record = read_record(choice.path)
             check_same_run(record, record.config, self._data_identity(), choice.path)
+            if launch.is_main():
+                for key, saved, wanted in differing(record.config, json.loads(json.dumps(dataclasses.asdict(self.config)))):
+                    print(f"resume: config.{key} was {saved!r} when the checkpoint was made, is {wanted!r} now")
             self.state = restore(choice.path, self.setup.abstract_state)
             self.position = Position(**record.extra["position"])
         if not hasattr(self, "checkpoints"):

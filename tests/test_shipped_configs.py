@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).resolve().parent / "golden" / "configs"
 SHIPPED = {
     "tiny_relu2", "tiny_swiglu", "tiny_topk", "tiny_ul2", "tiny_mlm", "tiny_everything", "moe_tiny", "qat_int8_tiny",
     "vit_digits", "vit_fashion_mnist", "mqar", "lm_30m", "lm_125m", "lm_350m", "lm_1b", "lm_7b",
+    "bench_floor",
 }
 PATHS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 

@@ -58,9 +58,15 @@ def loss_function(
 
 
 def gradients_of(
-    loss: Callable[..., Any], trainable: Any, batch: Batch, ctx: Context, objectives: tuple[Any, ...], accumulate: int
+    loss: Callable[..., Any],
+    trainable: Any,
+    batch: Batch,
+    ctx: Context,
+    objectives: tuple[Any, ...],
+    names: tuple[str, ...],
+    accumulate: int,
 ) -> tuple[Any, Array, Outputs, dict[str, Any], dict[str, Array]]:
-    """(gradients, loss, outputs, stats, terms) of the whole batch, taken in `accumulate` microbatches.
+    """(gradients, loss, outputs, stats, terms) of the whole batch, taken in `accumulate` microbatches; `names` are the terms'.
 
     Denominators are computed for the whole batch first, so ragged masks give the large batch's gradient and not a mean of means.
     """
@@ -81,11 +87,14 @@ def gradients_of(
         total = jax.tree.map(jnp.add, total, (gradients, value, outputs, terms))
         return total, stats
 
-    shapes = jax.eval_shape(
-        lambda b: value_and_grad(trainable, b, ctx, denominators), jax.tree.map(lambda x: split(x)[0], batch)
+    # Written out rather than asked of eval_shape, which would trace the whole model a second time.
+    zero = jnp.zeros((), jnp.float32)
+    zeros = (
+        jax.tree.map(jnp.zeros_like, trainable),
+        zero,
+        Outputs(*(zero for _ in Outputs._fields)),
+        {name: zero for name in names},
     )
-    (value, (outputs, _, terms)), gradients = shapes
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (gradients, value, outputs, terms))
     (gradients, value, outputs, terms), stats = jax.lax.scan(body, zeros, (jax.tree.map(split, batch), jnp.arange(accumulate)))
     return gradients, value, outputs, _reduce_microbatches(stats), terms
 
@@ -125,7 +134,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         ctx = Context(step=state.step, rng=key, mode="train", stage=stage, probes=probes)
         gradients, value, outputs, stats, terms = gradients_of(
-            loss, state.trainable, batch, ctx, objectives, config.accumulate
+            loss, state.trainable, batch, ctx, objectives, config.objectives, config.accumulate
         )
         norm = optax.tree.norm(gradients)
         gradients = clip_by_norm(gradients, norm, config.optimizer.clip_norm)

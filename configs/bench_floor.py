@@ -1,4 +1,4 @@
-"""The shape at which the training benchmark is compared with a hand-written trainer: width 256, 6 layers, 8 x 256 bytes, float32.
+"""The shape at which the training benchmark meets a hand-written trainer: width 256, 6 layers, 8 x 256 bytes, float32.
 
     python -m experiments.bench train --config configs/bench_floor.py
 

@@ -114,17 +114,21 @@ def _result(config: ExperimentConfig, setup: Any, seconds: dict[str, list[float]
     rows: list[dict[str, Any]] = []
     for name, found in seconds.items():
         median = statistics.median(found)
-        rows.append({
-            "variant": name,
-            "ms_per_step": 1e3 * median,
-            "ms_lowest": 1e3 * min(found),
-            "ms_highest": 1e3 * max(found),
-            "tokens_per_second": tokens / median,
-            "mfu": metrics.mfu(flops, tokens / median, setup.mesh.size, peak),
-            "tflops_per_second": flops * tokens / median / 1e12,
-        })
+        rows.append(
+            {
+                "variant": name,
+                "ms_per_step": 1e3 * median,
+                "ms_lowest": 1e3 * min(found),
+                "ms_highest": 1e3 * max(found),
+                "tokens_per_second": tokens / median,
+                "mfu": metrics.mfu(flops, tokens / median, setup.mesh.size, peak),
+                "tflops_per_second": flops * tokens / median / 1e12,
+            }
+        )
     plain, watched = rows[0]["ms_per_step"], rows[1]["ms_per_step"]
-    compilation = next(found for name, found in setup.compilations.items() if name.startswith("train") and "watched" not in name)
+    compilation = next(
+        found for name, found in setup.compilations.items() if name.startswith("train") and "watched" not in name
+    )
     result = {
         "config": config.name,
         "device": f"{setup.mesh.size} x {device.device_kind}",
@@ -140,7 +144,11 @@ def _result(config: ExperimentConfig, setup: Any, seconds: dict[str, list[float]
     }
     if len(rows) > 2:
         ratios = np.array(seconds["hand-written floor"]) / np.array(seconds["sparsejax"])
-        result["speed_over_floor"] = {"median": float(np.median(ratios)), "lowest": float(ratios.min()), "highest": float(ratios.max())}
+        result["speed_over_floor"] = {
+            "median": float(np.median(ratios)),
+            "lowest": float(ratios.min()),
+            "highest": float(ratios.max()),
+        }
     return result
 
 
@@ -158,9 +166,12 @@ def _table(result: dict[str, Any]) -> str:
         f"host work per step {result['host_gap_ms']:.3f} ms"
     )
     lines.append(
-        f"watching: {result['watch_alone']:.3f} x a step alone, {result['watch_amortised']:.4f} x at every {result['watch_every']} steps"
+        f"watching: {result['watch_alone']:.3f} x a step alone, {result['watch_amortised']:.4f} x "
+        f"at every {result['watch_every']} steps"
     )
     if "speed_over_floor" in result:
         ratio = result["speed_over_floor"]
-        lines.append(f"speed over the floor: {ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f} over rounds)")
+        lines.append(
+            f"speed over the floor: {ratio['median']:.3f} ({ratio['lowest']:.3f} to {ratio['highest']:.3f} over rounds)"
+        )
     return "\n".join(lines)

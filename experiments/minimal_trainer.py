@@ -1,7 +1,7 @@
 """The floor that the training benchmark compares with: a decoder trained in one page of JAX, layers unrolled by hand.
 
-RMSNorm, rotary positions, causal softmax attention, an ungated or gated FFN, tied embeddings, AdamW: what a good engineer writes
-first. Of the same shape as the config it is given; it shares no code with the library.
+RMSNorm, rotary positions, causal softmax attention, an ungated or gated FFN, tied embeddings, AdamW: what a good engineer
+writes first. Of the same shape as the config it is given; it shares no code with the library.
 """
 
 from __future__ import annotations

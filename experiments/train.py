@@ -1,7 +1,7 @@
 """Train a model: from a config to a run folder with checkpoints, metrics, plots and a page.
 
-    python -m experiments.train --config configs/tiny_relu2.py --out runs/demo
-    python -m experiments.train --config configs/tiny_relu2.py --config.model.num_layers=6 --resume never
+python -m experiments.train --config configs/tiny_relu2.py --out runs/demo
+python -m experiments.train --config configs/tiny_relu2.py --config.model.num_layers=6 --resume never
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from experiments import entry
 @dataclass
 class Flags:
     out: str = entry.flag("", "run folder; by default runs/NAME, NAME being the config's")
-    resume: str = entry.flag("auto", "auto (the newest good checkpoint, else from the start), never, step=N, or a checkpoint's path")
+    resume: str = entry.flag(
+        "auto", "auto (the newest good checkpoint, else from the start), never, step=N, or a checkpoint's path"
+    )
 
 
 def main(call: entry.Call[Flags]) -> dict[str, Any]:

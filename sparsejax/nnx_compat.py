@@ -88,7 +88,9 @@ def split(module: nnx.Module) -> tuple[Structure, dict[str, Any]]:
     for key_path, leaf in leaves:
         path = tuple(_key_name(key) for key in key_path)
         if not isinstance(leaf, Weight):
-            raise TypeError(f"{'.'.join(path)}: a module holds its arrays in nnx_compat.weight, this is a {type(leaf).__name__}")
+            raise TypeError(
+                f"{'.'.join(path)}: a module holds its arrays in nnx_compat.weight, this is a {type(leaf).__name__}"
+            )
         paths.append(path)
         variables.append(leaf)
     values = _nest((path, variable.get_value()) for path, variable in zip(paths, variables, strict=True))
@@ -97,9 +99,7 @@ def split(module: nnx.Module) -> tuple[Structure, dict[str, Any]]:
 
 def merge(structure: Structure, values: dict[str, Any]) -> Any:
     """The module of `structure` with `values` in place."""
-    filled = [
-        variable.replace(_at(values, path)) for path, variable in zip(structure.paths, structure.variables, strict=True)
-    ]
+    filled = [variable.replace(_at(values, path)) for path, variable in zip(structure.paths, structure.variables, strict=True)]
     return jax.tree_util.tree_unflatten(structure.treedef, filled)
 
 

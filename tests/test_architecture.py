@@ -10,12 +10,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(p for folder in ("sparsejax", "experiments", "kernels_pallas", "configs") for p in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    p for folder in ("sparsejax", "experiments", "kernels_pallas", "configs") for p in (ROOT / folder).rglob("*.py")
+)
 
 # Lowest first; a package may import those before it and itself. The plain dataclasses of `*.config` stand below everything.
 ORDER = [
-    ("sparsejax.plugs", "sparsejax.nnx_compat", "sparsejax.context", "sparsejax.data.config", "sparsejax.models.config",
-     "sparsejax.parallel.config", "sparsejax.train.config"),
+    (
+        "sparsejax.plugs",
+        "sparsejax.nnx_compat",
+        "sparsejax.context",
+        "sparsejax.data.config",
+        "sparsejax.models.config",
+        "sparsejax.parallel.config",
+        "sparsejax.train.config",
+    ),
     ("kernels_pallas",),
     ("sparsejax.arrays",),
     ("sparsejax.parallel",),
@@ -34,7 +43,12 @@ EXCEPTIONS = {("sparsejax.config_rules", "sparsejax.train")}
 
 
 def level(module: str) -> int:
-    ranks = [(len(name), rank) for rank, names in enumerate(ORDER) for name in names if module == name or module.startswith(name + ".")]
+    ranks = [
+        (len(name), rank)
+        for rank, names in enumerate(ORDER)
+        for name in names
+        if module == name or module.startswith(name + ".")
+    ]
     return max(ranks)[1] if ranks else -1
 
 
@@ -46,7 +60,11 @@ def imports(path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             submodules = [f"{node.module}.{alias.name}" for alias in node.names]
-            files = [s for s in submodules if (ROOT / (s.replace(".", "/") + ".py")).exists() or (ROOT / s.replace(".", "/")).is_dir()]
+            files = [
+                s
+                for s in submodules
+                if (ROOT / (s.replace(".", "/") + ".py")).exists() or (ROOT / s.replace(".", "/")).is_dir()
+            ]
             found += files or [node.module]
     return [name for name in found if name.split(".")[0] in ("sparsejax", "experiments", "kernels_pallas", "configs")]
 

@@ -73,9 +73,11 @@ class Attention(Module):
     def _visible(self, ctx: Context) -> dict[str, Any]:
         """Which keys each query may see, for `attend`."""
         if self.kind == "cross":
-            return dict(
-                causal=False, query_segment_ids=ctx.segment_ids, key_segment_ids=ctx.memory_segment_ids
-            ) if ctx.memory_segment_ids is not None else dict(causal=False)
+            return (
+                dict(causal=False, query_segment_ids=ctx.segment_ids, key_segment_ids=ctx.memory_segment_ids)
+                if ctx.memory_segment_ids is not None
+                else dict(causal=False)
+            )
         visible: dict[str, Any] = dict(causal=self.causal, window=self.window)
         if ctx.segment_ids is not None:
             visible.update(query_segment_ids=ctx.segment_ids, key_segment_ids=ctx.segment_ids)

@@ -32,10 +32,8 @@ def ffn(
     The hidden tensor is measured as `down` multiplies it, after the activation ops of that site, so that counted zeros are the
     zeros a sparse kernel would skip. `groups` as in `arrays.matmul`, for rows sorted by expert.
     """
-    if gate is None:
-        hidden = activation(up(x, ctx, groups))
-    else:
-        hidden = activation(gate(x, ctx, groups), up(x, ctx, groups))
+    entering = (up(x, ctx, groups),) if gate is None else (gate(x, ctx, groups), up(x, ctx, groups))
+    hidden = activation(*entering)
     operand = down.encode(hidden, ctx)
     stats = ctx.measure("mlp.hidden", dense(operand)) if ctx.probes else {}
     return down.product(operand, ctx, groups), stats
@@ -47,7 +45,9 @@ class Nonlinearity(Module):
     def __init__(self, name: str, width: int):
         self.spec = plugs.resolve("nonlinearity", name, "model.ffn.activation")
         parameters = self.spec.parameters(width)
-        self.parameters = data({name: weight(value, ("mlp",) * value.ndim, "nonlinearity") for name, value in parameters.items()})
+        self.parameters = data(
+            {name: weight(value, ("mlp",) * value.ndim, "nonlinearity") for name, value in parameters.items()}
+        )
 
     def __call__(self, z: Array, u: Array | None = None) -> Array:
         parameters = {name: variable.get_value() for name, variable in self.parameters.items()}

@@ -143,9 +143,7 @@ def _per_token_shard(fn: Callable[..., tuple[Array, Stats]], module: Any, *by_to
         return y, reduced
 
     in_specs = (PartitionSpec(), *(spec for _ in by_token))
-    sharded = jax.shard_map(
-        body, in_specs=in_specs, out_specs=(spec, PartitionSpec()), axis_names=set(axes), check_vma=False
-    )
+    sharded = jax.shard_map(body, in_specs=in_specs, out_specs=(spec, PartitionSpec()), axis_names=set(axes), check_vma=False)
     return sharded(module, *by_token)
 
 

@@ -141,7 +141,7 @@ class Stack(Module):
 
 
 def default_unroll(repeats: int) -> int:
-    """Layers per scan step. A rolled scan costs 31 % of a step on CPU at six layers; a long unrolled one, seconds of tracing."""
+    """Layers per scan step. A rolled scan costs 31 % of a step on CPU at six layers, a long unrolled one seconds."""
     if jax.default_backend() != "cpu":
         return 1
     return max(n for n in range(1, 7) if repeats % n == 0)
@@ -151,8 +151,10 @@ def _signatures(block: Any, keys: Array, config: ModelConfig, rules: SiteRules) 
     """What distinguishes layers: their place in the patterns and, where a rule names layers, the ops it puts there."""
     cycle = math.lcm(len(config.attention_pattern), len(config.feed_pattern))
     if not rules.inputs and not rules.weights:
-        cycle_of = [(config.attention_pattern[i % len(config.attention_pattern)],
-                     config.feed_pattern[i % len(config.feed_pattern)]) for i in range(cycle)]
+        cycle_of = [
+            (config.attention_pattern[i % len(config.attention_pattern)], config.feed_pattern[i % len(config.feed_pattern)])
+            for i in range(cycle)
+        ]
         return [cycle_of[layer % cycle] for layer in range(len(keys))]
     return [
         jax.tree.structure(jax.eval_shape(lambda k, layer=layer: block(layer, k), keys[layer])) for layer in range(len(keys))
@@ -171,15 +173,21 @@ def _gather_layers(found: list[tuple[np.ndarray, dict[str, Any]]]) -> dict[str, 
             parts = [(layers, stats[site][name]) for layers, stats in found if name in stats.get(site, {})]
             order = np.argsort(np.concatenate([layers for layers, _ in parts]))
             values = jnp.concatenate(_padded([stat.value for _, stat in parts]))
-            joined[site][name] = Stat(values if (order == np.arange(len(order))).all() else values[order], parts[0][1].reduction)
+            joined[site][name] = Stat(
+                values if (order == np.arange(len(order))).all() else values[order], parts[0][1].reduction
+            )
     return joined
 
 
 def _padded(values: list[Array]) -> list[Array]:
     shape = tuple(max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True))
     return [
-        jnp.pad(value, [(0, 0), *((0, whole - size) for whole, size in zip(shape, value.shape[1:], strict=True))],
-                constant_values=jnp.nan)
-        if value.shape[1:] != shape else value
+        jnp.pad(
+            value,
+            [(0, 0), *((0, whole - size) for whole, size in zip(shape, value.shape[1:], strict=True))],
+            constant_values=jnp.nan,
+        )
+        if value.shape[1:] != shape
+        else value
         for value in values
     ]

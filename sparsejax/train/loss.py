@@ -31,14 +31,10 @@ def per_token(logits: Float[Array, "... V"], targets: Int[Array, ...]) -> tuple[
     return nll, log_z, jnp.argmax(logits, axis=-1) == targets
 
 
-def score(
-    logits: Float[Array, "... V"], targets: Int[Array, ...], weights: Float[Array, ...]
-) -> Outputs:
+def score(logits: Float[Array, "... V"], targets: Int[Array, ...], weights: Float[Array, ...]) -> Outputs:
     """The sums for float32 logits that are in memory."""
     nll, log_z, correct = per_token(logits, targets)
-    return Outputs(
-        jnp.sum(nll * weights), jnp.sum(jnp.square(log_z) * weights), jnp.sum(correct * weights), jnp.sum(weights)
-    )
+    return Outputs(jnp.sum(nll * weights), jnp.sum(jnp.square(log_z) * weights), jnp.sum(correct * weights), jnp.sum(weights))
 
 
 def chunks_for(batch: int, length: int, vocab: int, devices: int) -> int:

@@ -80,7 +80,9 @@ def optimizer(config: OptimizerConfig, steps: int, structure: Structure) -> opta
     rate: Any = schedule(config, steps)
     if not takes_schedule(function):
         plugs.check(
-            config.schedule == "constant" and not config.warmup_steps, "optimizer.schedule", config.schedule,
+            config.schedule == "constant" and not config.warmup_steps,
+            "optimizer.schedule",
+            config.schedule,
             f"{config.name} takes one rate: schedule 'constant' without warm-up (schedule_free_*: arguments 'warmup_steps=N')",
         )
         rate = config.learning_rate
@@ -93,7 +95,9 @@ def optimizer(config: OptimizerConfig, steps: int, structure: Structure) -> opta
                 arguments[mask] = decayed
     else:
         plugs.check(
-            not config.weight_decay, "optimizer.weight_decay", config.weight_decay,
+            not config.weight_decay,
+            "optimizer.weight_decay",
+            config.weight_decay,
             f"{config.name} has none; set it to 0 or choose e.g. adamw",
         )
     if "muon_weight_dimension_numbers" in accepted:

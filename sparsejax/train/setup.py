@@ -57,8 +57,8 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
     """Shapes, shardings and step functions for a finalized config; nothing is allocated and no data is read.
 
     Raises:
-      plugs.ConfigError: an impossible mesh, a batch that does not divide, an objective without its statistics, a large parameter
-        that no mesh axis shards.
+      plugs.ConfigError: an impossible mesh, a batch that does not divide, an objective without its statistics, a large
+        parameter that no mesh axis shards.
     """
     mesh = make_mesh(config.mesh, devices)
     rules.check_batch(config.batch_size // config.accumulate, mesh)

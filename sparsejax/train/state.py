@@ -18,7 +18,7 @@ COMPUTE_ROLES = ("matrix", "embedding", "adapter", "bias")
 
 class TrainState(NamedTuple):
     """step: int32[]; trainable: all that is differentiated and that optax sees, float32; optimizer: optax state;
-    average: the EMA of `trainable`, or {}; guard: debiased EMA of the loss and its weight, for the spike rule; rng: key data."""
+    average: the EMA of `trainable`, or {}; guard: debiased EMA of the loss and its weight, for spikes; rng: key data."""
 
     step: Array
     trainable: dict[str, Any]
@@ -65,5 +65,3 @@ def cast_for_compute(structure: nnx_compat.Structure, values: dict[str, Any], dt
 def build(structure: nnx_compat.Structure, values: dict[str, Any], dtype: str) -> Transformer:
     """The module with its weights in the compute dtype."""
     return nnx_compat.merge(structure, cast_for_compute(structure, values, dtype))
-
-

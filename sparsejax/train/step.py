@@ -24,9 +24,7 @@ Batch = dict[str, Array]
 GUARD_DECAY = 0.98
 
 
-def model_outputs(
-    model: Transformer, batch: Batch, ctx: Context, devices: int
-) -> tuple[Outputs, dict[str, dict[str, Stat]]]:
+def model_outputs(model: Transformer, batch: Batch, ctx: Context, devices: int) -> tuple[Outputs, dict[str, dict[str, Stat]]]:
     """Sums over the batch's scored positions, and the statistics the model left."""
     h, stats, _ = model.features(batch, ctx)
     if "labels" in batch:
@@ -34,9 +32,7 @@ def model_outputs(
     config = model.config.value
     batch_size, length = batch["targets"].shape
     chunks = chunks_for(batch_size, length, config.vocab_size, devices)
-    outputs = score_chunked(
-        lambda piece: model.logits(piece, ctx), h, batch["targets"], batch["weights"], chunks=chunks
-    )
+    outputs = score_chunked(lambda piece: model.logits(piece, ctx), h, batch["targets"], batch["weights"], chunks=chunks)
     return outputs, stats
 
 
@@ -68,7 +64,7 @@ def gradients_of(
 ) -> tuple[Any, Array, Outputs, dict[str, Any], dict[str, Array]]:
     """(gradients, loss, outputs, stats, terms) of the whole batch, taken in `accumulate` microbatches; `names` are the terms'.
 
-    Denominators are computed for the whole batch first, so ragged masks give the large batch's gradient and not a mean of means.
+    Denominators are computed for the whole batch first, so that ragged masks give the large batch's gradient.
     """
     denominators = [jnp.maximum(term.denominator(batch), 1e-9) for term in objectives]
     value_and_grad = jax.value_and_grad(loss, has_aux=True)

@@ -50,8 +50,8 @@ def hidden_statistics(hidden: Float[Array, "... F"], ctx: Context, length: int) 
 
 
 def summarize(stats: dict[str, Any]) -> dict[str, Array]:
-    """The counts as what is drawn: per layer zero_fraction [L], zero_fraction_position [L, T], dead_units [L], attention_entropy
-    [L]; layers of an encoder come first. Empty where nothing was measured."""
+    """The counts as what is drawn: per layer zero_fraction [L], zero_fraction_position [L, T], dead_units [L],
+    attention_entropy [L]; layers of an encoder come first. Empty where nothing was measured."""
     hidden = _hidden(stats)
     entropy = [found["entropy"].value for site, found in sorted(stats.items(), reverse=True) if site.endswith("attn")]
     drawn: dict[str, Array] = {}

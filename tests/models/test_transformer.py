@@ -28,8 +28,12 @@ VOCAB, LENGTH = 32, 12
 
 def model_config(**changes) -> ModelConfig:
     base = dict(
-        num_layers=3, d_model=16, vocab_size=VOCAB, max_length=LENGTH,
-        attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=4), ffn=FFNConfig(hidden=32, activation="relu2"),
+        num_layers=3,
+        d_model=16,
+        vocab_size=VOCAB,
+        max_length=LENGTH,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=4),
+        ffn=FFNConfig(hidden=32, activation="relu2"),
     )
     return ModelConfig(**{**base, **changes})
 
@@ -51,13 +55,17 @@ VARIANTS = {
     "parallel": dict(block="parallel"),
     "sandwich": dict(block="sandwich", norm=NormConfig(plus_one=True)),
     "layer norm with biases": dict(
-        norm=NormConfig("layer", bias=True), ffn=FFNConfig(hidden=32, activation="gelu", bias=True),
+        norm=NormConfig("layer", bias=True),
+        ffn=FFNConfig(hidden=32, activation="gelu", bias=True),
         attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=4, bias=True, out_bias=True),
     ),
     "grouped queries and qk-norm": dict(attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=True)),
-    "one kv head, soft-caps": dict(attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, softcap=5.0), head_softcap=3.0),
+    "one kv head, soft-caps": dict(
+        attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=6, softcap=5.0), head_softcap=3.0
+    ),
     "local and global, two thetas": dict(
-        num_layers=5, attention_pattern=("local", "local", "global"),
+        num_layers=5,
+        attention_pattern=("local", "local", "global"),
         attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=4, window=3),
         positions=PositionConfig(rope=RopeConfig(theta=1e6, local_theta=1e4, scaling="linear:8")),
     ),
@@ -85,7 +93,9 @@ def test_no_output_depends_on_a_later_token(name):
         return model.features(batch, Context())[0][:, :middle].sum()
 
     tokens = np.concatenate([np.arange(middle), middle + np.arange(LENGTH - middle)])
-    batch = {"tokens": jnp.asarray(np.stack([tokens, tokens]).astype(np.int32))}  # every token once: rows of the table are positions
+    batch = {
+        "tokens": jnp.asarray(np.stack([tokens, tokens]).astype(np.int32))
+    }  # rows of the table are positions
     gradient = np.asarray(jax.jit(jax.grad(outputs))(values["embed"]["table"]))
     assert np.all(gradient[middle:LENGTH] == 0)
     assert np.all(np.isfinite(gradient)) and np.any(gradient[:middle] != 0)

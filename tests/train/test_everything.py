@@ -43,9 +43,16 @@ def small(mesh=MeshConfig(data=1), **changes):
     objectives = tuple(o if not o.startswith("l1") else "l1:weights=0/1e-4/1e-3,ends=1/3/6" for o in config.objectives)
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=0)
     base = dict(
-        steps=STEPS, batch_size=8, model=model, objectives=objectives, mesh=mesh, optimizer=optimizer,
-        data=DataConfig(source="copy", sequence_length=16), log=LogConfig(every=1, writers=("jsonl",)),
-        evaluate=EvaluateConfig(batches=1), checkpoint=CheckpointConfig(every=2, keep=9),
+        steps=STEPS,
+        batch_size=8,
+        model=model,
+        objectives=objectives,
+        mesh=mesh,
+        optimizer=optimizer,
+        data=DataConfig(source="copy", sequence_length=16),
+        log=LogConfig(every=1, writers=("jsonl",)),
+        evaluate=EvaluateConfig(batches=1),
+        checkpoint=CheckpointConfig(every=2, keep=9),
     )
     return finalize(dataclasses.replace(config, **{**base, **changes}))
 

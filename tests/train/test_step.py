@@ -25,13 +25,20 @@ VOCAB, LENGTH, BATCH = 40, 16, 8
 
 def experiment(**changes) -> ExperimentConfig:
     model = dict(
-        num_layers=2, d_model=32, vocab_size=VOCAB, attention=AttentionConfig(num_heads=4, num_kv_heads=2),
+        num_layers=2,
+        d_model=32,
+        vocab_size=VOCAB,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2),
         ffn=FFNConfig(hidden=64, activation="relu2"),
     )
     model.update(changes.pop("model", {}))
     base = dict(
-        steps=8, batch_size=BATCH, model=ModelConfig(**model), data=DataConfig(source="copy", sequence_length=LENGTH),
-        mesh=MeshConfig(data=1), optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
+        steps=8,
+        batch_size=BATCH,
+        model=ModelConfig(**model),
+        data=DataConfig(source="copy", sequence_length=LENGTH),
+        mesh=MeshConfig(data=1),
+        optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
     )
     return finalize(ExperimentConfig(**{**base, **changes}))
 
@@ -74,7 +81,8 @@ def one_device():
 def distance(a, b) -> float:
     """Largest relative difference of two trees of updates, by leaf norm."""
     return max(
-        float(np.linalg.norm(x - y) / (np.linalg.norm(y) + 1e-30)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        float(np.linalg.norm(x - y) / (np.linalg.norm(y) + 1e-30))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -122,8 +130,10 @@ def test_large_parameters_are_sharded_and_silent_replication_is_an_error():
     for leaf in jax.tree.leaves(setup.abstract_state):
         if np.prod(leaf.shape) > 2**16:
             assert not leaf.sharding.is_fully_replicated
-    odd = experiment(model=dict(d_model=258, attention=AttentionConfig(num_heads=3, num_kv_heads=3), ffn=FFNConfig(hidden=515)),
-                     mesh=MeshConfig(data=2, fsdp=4))
+    odd = experiment(
+        model=dict(d_model=258, attention=AttentionConfig(num_heads=3, num_kv_heads=3), ffn=FFNConfig(hidden=515)),
+        mesh=MeshConfig(data=2, fsdp=4),
+    )
     with pytest.raises(plugs.ConfigError, match="mlp"):
         prepare(odd, SPEC)
 
@@ -276,8 +286,14 @@ def test_decay_reaches_the_roles_it_names_and_no_other():
     "config, points",
     [
         (OptimizerConfig(learning_rate=1.0, schedule="constant"), {0: 1.0, 99: 1.0}),
-        (OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=10, final_fraction=0.1), {0: 0.0, 5: 0.5, 10: 1.0, 100: 0.1}),
-        (OptimizerConfig(learning_rate=1.0, schedule="wsd", decay_fraction=0.2, final_fraction=0.0), {0: 1.0, 80: 1.0, 90: 0.5, 100: 0.0}),
+        (
+            OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=10, final_fraction=0.1),
+            {0: 0.0, 5: 0.5, 10: 1.0, 100: 0.1},
+        ),
+        (
+            OptimizerConfig(learning_rate=1.0, schedule="wsd", decay_fraction=0.2, final_fraction=0.0),
+            {0: 1.0, 80: 1.0, 90: 0.5, 100: 0.0},
+        ),
         (OptimizerConfig(learning_rate=1.0, schedule="inverse_sqrt", warmup_steps=4), {2: 0.5, 4: 1.0, 16: 0.5}),
     ],
 )
@@ -306,5 +322,3 @@ def test_unusable_optimizers_are_named(config, message):
 def test_a_constant_batch_is_learned():
     _, found = steps(experiment(steps=40), 40, seeds=[0] * 40)
     assert found[-1]["loss"] < 0.3 * found[0]["loss"]
-
-

@@ -3,7 +3,7 @@
     python -m experiments.train --config configs/lm_125m.py:text:corpus.txt
 
 Hardware: one GPU with 24 GB or more. Size: 124 M parameters.
-Expected: see results/.
+Expected: not measured yet.
 """
 
 from configs import lm_30m

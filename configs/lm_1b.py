@@ -3,7 +3,7 @@
     python -m experiments.train --config configs/lm_1b.py:tfds:c4/en
 
 Hardware: 8 or more GPUs or TPU chips with 32 GB; one process per host, started alike (Slurm, TPU pod, or a coordinator).
-Size: 1.0 B parameters. Expected: see results/.
+Size: 1.0 B parameters. Expected: not measured yet.
 """
 
 from configs import lm_30m

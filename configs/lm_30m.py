@@ -4,7 +4,7 @@
     python -m experiments.train --config configs/lm_30m.py:text:corpus.txt
 
 Hardware: one GPU, about 15 minutes. Size: 29 M parameters.
-Expected: see results/.
+Expected: not measured yet.
 """
 
 from sparsejax.config import ExperimentConfig

@@ -3,7 +3,7 @@
     python -m experiments.train --config configs/lm_350m.py:text:corpus.txt
 
 Hardware: one GPU with 80 GB (less with a smaller microbatch: raise --config.accumulate). Size: 354 M parameters.
-Expected: see results/ for tokens/s, MFU and the loss beside float32's.
+Expected: at least 40 % MFU on an H100, and a loss within .01 nats of float32's after 500 steps; not measured yet.
 """
 
 from configs import lm_30m

@@ -3,7 +3,7 @@
     python -m experiments.train --config configs/lm_7b.py:tfds:c4/en
 
 Hardware: 64 or more GPUs with 80 GB or TPU chips with 95 GB; add --config.mesh.tensor=4 where a chip holds less.
-Size: 6.8 B parameters. Expected: see results/.
+Size: 6.8 B parameters. Expected: not measured yet.
 """
 
 from configs import lm_1b

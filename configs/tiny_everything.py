@@ -4,7 +4,7 @@
 
 Hardware: 2 CPU cores, under 6 minutes; any mesh, e.g. --config.mesh.fsdp=2 --config.mesh.expert=2 on 4 devices or more.
 Size: 1.1 M parameters, 0.8 M active.
-Expected: trains, shards and resumes to the same bits; see results/ for the loss.
+Expected: trains, shards and resumes to the same bits.
 """
 
 from configs import moe_tiny

@@ -3,7 +3,7 @@
     python -m experiments.train --config configs/tiny_mlm.py
 
 Hardware: 2 CPU cores, under 5 minutes. Size: 0.8 M parameters.
-Expected: see results/.
+Expected: not measured at full length yet.
 """
 
 from sparsejax.config import ExperimentConfig

@@ -3,7 +3,8 @@
     python -m experiments.train --config configs/tiny_relu2.py
 
 Hardware: 2 CPU cores, under 4 minutes. Size: 0.8 M parameters.
-Expected: held-out bits per byte at least .5 below the unigram entropy and below a bigram model's, both printed; see results/.
+Expected: held-out bits per byte at least .5 below the unigram entropy and below a bigram model's, both printed.
+Measured: 2.192 against 4.587 and 3.579, 68.7 % of the hidden vector exactly zero, 184 s (results/demo.json).
 """
 
 from sparsejax.config import ExperimentConfig

@@ -3,7 +3,7 @@
     python -m experiments.train --config configs/tiny_ul2.py
 
 Hardware: 2 CPU cores, under 8 minutes. Size: 1.4 M parameters.
-Expected: the loss falls on every denoiser; see results/.
+Expected: the loss falls on every denoiser; not measured at full length yet.
 """
 
 from sparsejax.config import ExperimentConfig

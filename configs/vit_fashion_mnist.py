@@ -3,7 +3,7 @@
     python -m experiments.train --config configs/vit_fashion_mnist.py
 
 Hardware: one GPU, about 5 minutes; 2 CPU cores, about an hour. Size: 1.2 M parameters.
-Expected: see results/.
+Expected: not measured at full length yet.
 """
 
 from configs import vit_digits

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments import entry
-from sparsejax.plugs import check_choice
+from sparsejax.plugs import check, check_choice
 
 
 @dataclass
 class Flags:
-    steps: int = entry.flag(50, "steps timed, in each of the variants compared")
+    steps: int = entry.flag(20, "steps timed, in each of the variants compared")
     rounds: int = entry.flag(5, "how often the variants take turns; the spread is over them")
 
 
 def main(call: entry.Call[Flags]) -> dict[str, Any]:
-    check_choice("benchmark", call.names[0] if call.names else "", ("train",))
+    check_choice("benchmark", " ".join(call.names), ("train",))
+    check(call.flags.steps >= 2, "--steps", call.flags.steps, "must be at least 2")
+    check(call.flags.rounds >= 1, "--rounds", call.flags.rounds, "must be at least 1")
     from experiments.bench_train import bench_train
 
     assert call.config is not None

@@ -55,7 +55,10 @@ def bench_train(config: ExperimentConfig, *, steps: int, rounds: int) -> dict[st
     if not config.log.watch_every:
         config = dataclasses.replace(config, log=dataclasses.replace(config.log, watch_every=20))
     data = build_data(config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=config.seed)
-    config = finalize(config, vocab_size=data.vocab_size, num_classes=data.num_classes, device_count=jax.device_count())
+    config = finalize(
+        config, vocab_size=data.vocab_size, num_classes=data.num_classes, image_shape=data.image_shape,
+        device_count=jax.device_count(),
+    )
     setup = prepare(config, data.batch_spec())
     host = [data.batch(step) for step in range(8)]
     batches = [launch.global_batch(batch, setup.mesh, config.batch_size) for batch in host]

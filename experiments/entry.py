@@ -304,7 +304,7 @@ def _check_overrides(argv: Sequence[str], base: ExperimentConfig | None, values:
 def _in_our_words(error: Exception, values: absl_flags.FlagValues) -> str:
     """absl's message, with the nearest flag when the flag is unknown."""
     if isinstance(error, absl_flags.UnrecognizedFlagError):
-        known = [name for name in values if name != "h"]
+        known = [name for name in values if name != "h" and not name.startswith("config.")]
         close = difflib.get_close_matches(error.flagname, known, n=1, cutoff=0.5)
         hint = f" Did you mean --{close[0]}?" if close else ""
         return f"--{error.flagname}: there is no such flag.{hint} Flags are {', '.join('--' + name for name in sorted(known))}."

@@ -33,13 +33,12 @@ class ExperimentConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-
-
 def finalize(
     config: ExperimentConfig,
     *,
     vocab_size: int | None = None,
     num_classes: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
     device_count: int | None = None,
 ) -> ExperimentConfig:
     """The config with everything derived and everything checked; the one given is left as it is.
@@ -51,6 +50,7 @@ def finalize(
       config: from a file's `get_config`, with overrides.
       vocab_size: the built tokenizer's, where its spec alone does not tell.
       num_classes: the opened data source's, for classification.
+      image_shape: (height, width, channels) of the opened data source's images.
       device_count: all devices of all hosts; checks the mesh against it.
     Raises:
       ConfigError: names the field, its value, what is allowed and the nearest valid name.
@@ -61,6 +61,7 @@ def finalize(
     _derive(config, specs, vocab_size, num_classes)
     config_rules.check_task(config, specs)
     config_rules.check_model(config.model)
+    config_rules.check_images(config, image_shape)
     config_rules.check_sites(config.model, specs["activation"])
     config_rules.check_training(config)
     config_rules.check_mesh(config, specs["feeds"], device_count)

@@ -218,12 +218,24 @@ def _check_kind(model: ModelConfig) -> None:
           f"model.kind is {kind!r}, not 'encoder'")
     check(not (kind == "encoder_decoder" and model.block == "parallel"), "model.block", model.block,
           "cross-attention reads what self-attention has added; a parallel block has no such order")
+    check(not (kind == "decoder" and model.num_classes and model.pool == "class"), "model.pool", model.pool,
+          "the first token of a decoder sees nothing but itself; allowed is 'mean'")
     if kind != "vit":
         return
     check(vision.image_size % vision.patch_size == 0, "model.vision.patch_size", vision.patch_size,
           f"must divide image_size = {vision.image_size}")
     check_choice("model.positions.kind", model.positions.kind, ("learned", "none"))
     check(vision.class_token or model.pool != "class", "model.pool", model.pool, "vision.class_token is False")
+
+
+def check_images(config: ExperimentConfig, shape: tuple[int, int, int] | None) -> None:
+    """Whether the images (height, width, channels) of an opened data source are those that the model is made for."""
+    if shape is None:
+        return
+    vision, *sides, channels = config.model.vision, *shape
+    images = f"the images of data.source = {config.data.source!r} are {' x '.join(map(str, shape))}"
+    check(sides == [vision.image_size] * 2, "model.vision.image_size", vision.image_size, images)
+    check(channels == vision.channels, "model.vision.channels", vision.channels, images)
 
 
 def check_task(config: ExperimentConfig, specs: dict[str, Any]) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench, entry, train
+from experiments import bench, entry, export, train
+from sparsejax.plugs import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 COMMANDS = [line.partition(" #")[0].strip() for line in BLOCKS.splitlines()]
 PYTHON_COMMANDS = [command for command in COMMANDS if command.startswith("python ")]
-VERBS = {"experiments.train": train.Flags, "experiments.bench": bench.Flags}
+VERBS = {f"experiments.{name}": verb.Flags for name, verb in (("train", train), ("bench", bench), ("export", export))}
 
 
 def test_the_readme_opens_with_the_two_commands():
@@ -27,8 +28,20 @@ def test_the_readme_opens_with_the_two_commands():
 def test_a_readme_command_resolves(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, _, verb, *argv = shlex.split(command)
-    call, _ = entry.parse([verb, *argv], VERBS[verb], names="benchmark")
-    assert call.config is not None
+    takes_config = verb != "experiments.export"
+    call, _ = entry.parse([verb, *argv], VERBS[verb], config=takes_config, names="benchmark" if takes_config else "")
+    assert (call.config is not None) == takes_config
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [(["--steps=1"], "--steps = 1"), (["--rounds=0"], "--rounds = 0"), (["more"], "benchmark = 'train more'")],
+)
+def test_a_benchmark_of_nothing_is_refused(argv, part):
+    config = f"--config={ROOT / 'configs/tiny_relu2.py'}"
+    call, _ = entry.parse(["bench", "train", config, *argv], bench.Flags, names="benchmark")
+    with pytest.raises(ConfigError, match=part):
+        bench.main(call)
 
 
 def test_every_file_that_the_readme_links_is_there():

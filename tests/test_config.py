@@ -110,6 +110,7 @@ REFUSED = [
     ({**VIT, "model__vision__patch_size": 3}, ["model.vision.patch_size = 3", "image_size = 8"]),
     ({**VIT, "model__positions__kind": "rope"}, ["model.positions.kind", "'learned'"]),
     ({**VIT, "model__pool": "class", "model__vision__class_token": False}, ["model.pool", "class_token"]),
+    (dict(data__source="listops", data__task="classification", model__pool="class"), ["model.pool = 'class'", "'mean'"]),
     ({**VIT, "evaluate__sample_tokens": 10}, ["evaluate.sample_tokens", "'vit'"]),
     ({**PAIRED, "data__task": "causal_lm"}, ["data.task", "'encoder_decoder'"]),
     ({**PAIRED, "model__block": "parallel"}, ["model.block", "cross-attention"]),
@@ -180,6 +181,13 @@ def test_what_only_the_data_knows_completes_the_config():
         finalize(with_fields(data__tokenizer="file:not-opened.json", model__vocab_size=999), vocab_size=1000)
     assert finalize(with_fields(**VIT), num_classes=10).model.num_classes == 10
     assert finalize(with_fields(data__source="mqar:symbols=96")).model.vocab_size == 100
+
+
+@pytest.mark.parametrize(("shape", "field"), [((28, 28, 1), "image_size"), ((8, 6, 1), "image_size"), ((8, 8, 3), "channels")])
+def test_images_that_the_model_is_not_made_for_are_refused(shape, field):
+    assert finalize(with_fields(**VIT), image_shape=(8, 8, 1)).model.vision.image_size == 8
+    with pytest.raises(ConfigError, match=f"model.vision.{field} = .*{shape[0]} x {shape[1]} x {shape[2]}"):
+        finalize(with_fields(**VIT), image_shape=shape)
 
 
 def test_the_mesh_is_checked_against_the_devices_only_where_their_number_is_known():

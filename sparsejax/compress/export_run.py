@@ -14,7 +14,7 @@ from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.data.pipeline import build_data
 from sparsejax.evaluate.likelihood import Likelihood, evaluate
 from sparsejax.parallel import rules
-from sparsejax.plugs import check
+from sparsejax.plugs import ConfigError, check
 from sparsejax.train.checkpoint import Checkpoints, Record
 from sparsejax.train.loop import Trainer
 from sparsejax.train.setup import prepare
@@ -35,10 +35,17 @@ def export_run(run: Path | str, out: Path | str) -> dict[str, Any]:
     run, out = Path(run), Path(out)
     saved = run / "config.json"
     check(saved.is_file(), "--run", str(run), "is not a run folder: it holds no config.json")
-    check(not out.exists() or not any(out.iterdir()), "--out", str(out), "is not empty")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        check(not any(out.iterdir()), "--out", str(out), "is not empty")
+    except OSError as error:
+        raise ConfigError(f"--out = {str(out)!r}: not usable as a folder ({error})") from error
     config = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
     data = build_data(config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=config.seed)
-    config = finalize(config, vocab_size=data.vocab_size, num_classes=data.num_classes, device_count=jax.device_count())
+    config = finalize(
+        config, vocab_size=data.vocab_size, num_classes=data.num_classes, image_shape=data.image_shape,
+        device_count=jax.device_count(),
+    )
     trainer = Trainer(prepare(config, data.batch_spec()), data, run)
     step = trainer.restore(trainer.choose("auto"))
     trainer.checkpoints.close()
@@ -50,7 +57,6 @@ def export_run(run: Path | str, out: Path | str) -> dict[str, Any]:
     print(f"held-out loss {before.loss:.6f} as trained, {after.loss:.6f} as exported")
     same = before.loss == after.loss
     check(same, "--run", str(run), f"the export gives a held-out loss of {after.loss!r}, the trained model {before.loss!r}")
-    out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(config_text.to_json(config), encoding="utf-8")
     target = Checkpoints(out / "checkpoints", resumed_from=None, keep=1)
     target.save_now(step, exported.values, Record(step, dataclasses.asdict(config), {"fingerprint": data.fingerprint}))

@@ -22,7 +22,7 @@ from sparsejax.data.packing import PackedRows, SampledRows, TokenStore
 from sparsejax.data.sources import SPLITS, TextCorpus, data_directories
 from sparsejax.data.synthetic import SymbolTask
 from sparsejax.data.tasks import FLOAT, INT, Classification, Row, RowLayout, Shapes
-from sparsejax.data.tokenizers import Tokenizer, TokenizerSpec, check_vocabulary
+from sparsejax.data.tokenizers import Tokenizer, TokenizerSpec
 from sparsejax.data.vision import ImageSet
 from sparsejax.plugs import check, check_choice, resolve
 
@@ -363,7 +363,7 @@ class BatchIterator:
         self._iterator.close()
 
 
-def build_data(config: DataConfig, *, model_kind: str, batch_size: int, seed: int, vocab_size: int = 0) -> DataPipeline:
+def build_data(config: DataConfig, *, model_kind: str, batch_size: int, seed: int) -> DataPipeline:
     """The pipeline that a config describes.
 
     Args:
@@ -371,7 +371,6 @@ def build_data(config: DataConfig, *, model_kind: str, batch_size: int, seed: in
       model_kind: decoder, encoder, encoder_decoder or vit.
       batch_size: rows per step, over all hosts.
       seed: decides the order of training rows and all draws of the task.
-      vocab_size: the model's configured vocabulary, 0: the tokenizer's.
     Raises:
       ConfigError: an unknown name, a missing or empty file, or parts that do not go together.
     """
@@ -384,7 +383,6 @@ def build_data(config: DataConfig, *, model_kind: str, batch_size: int, seed: in
     check_choice(f"data.task = {config.task!r} reads {' or '.join(task.content)}; content of data.source {config.source!r}",
                  source.content, task.content)
     rows = _rows(source, task, config, model_kind)
-    check_vocabulary(vocab_size, rows.vocab_size)
     return DataPipeline(rows, config, batch_size, seed)
 
 

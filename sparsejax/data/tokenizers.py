@@ -97,12 +97,6 @@ class TokenizerSpec(Protocol):
         ...
 
 
-def check_vocabulary(configured: int, needed: int, field: str = "model.vocab_size") -> None:
-    """Raise a ConfigError where a model's configured vocabulary cannot hold every id of the tokenizer (0: not configured)."""
-    check(not configured or configured >= needed, field, configured,
-          f"the tokenizer has {needed} ids; allowed are 0 (take the tokenizer's) or at least {needed}")
-
-
 class ByteCodec:
     """UTF-8 bytes as ids 0..255."""
 

@@ -52,7 +52,7 @@ class Embedding(Module):
 
 
 class PatchEmbedding(Module):
-    """Images to patch vectors with learned positions; positions are interpolated when the image is not of the trained size."""
+    """Images to patch vectors with (by config) learned positions, interpolated when the image is not of the trained size."""
 
     def __init__(self, config: ModelConfig, *, key: Array):
         vision, width = config.vision, config.d_model
@@ -66,17 +66,20 @@ class PatchEmbedding(Module):
         token = weight(jax.random.normal(keys[1], (1, 1, width)) * 0.02, (None, None, "embed"), "embedding")
         self.class_token = token if vision.class_token else None
         count = self.grid**2 + int(vision.class_token)
-        self.positions = weight(jax.random.normal(keys[2], (count, width)) * 0.02, ("position", "embed"), "embedding")
+        positions = weight(jax.random.normal(keys[2], (count, width)) * 0.02, ("position", "embed"), "embedding")
+        self.positions = positions if config.positions.kind == "learned" else None
 
     def __call__(self, images: Float[Array, "B Y X C"], ctx) -> Float[Array, "B T D"]:
         batch, height, breadth, channels = images.shape
         rows, columns, size = height // self.patch, breadth // self.patch, self.patch
         patches = images.reshape(batch, rows, size, columns, size, channels).transpose(0, 1, 3, 2, 4, 5)
         x = self.project(patches.reshape(batch, rows * columns, size * size * channels), ctx)
-        positions = self.positions.get_value()
         if self.class_token is not None:
             token = jnp.broadcast_to(self.class_token.get_value().astype(x.dtype), (batch, 1, x.shape[-1]))
             x = jnp.concatenate([token, x], axis=1)
+        if self.positions is None:
+            return x
+        positions = self.positions.get_value()
         if (rows, columns) != (self.grid, self.grid):
             positions = interpolate_positions(
                 positions, (self.grid, self.grid), (rows, columns), class_tokens=int(self.class_token is not None)

@@ -206,6 +206,7 @@ def _embedding_count(config: ModelConfig) -> int:
     if config.kind == "vit":
         vision = config.vision
         tokens = (vision.image_size // vision.patch_size) ** 2 + vision.class_token
+        tokens *= positions.kind == "learned"
         return (vision.channels * vision.patch_size**2 + 1 + tokens + vision.class_token) * width
     rows = config.vocab_size + config.token_types
     rows += (config.max_length + positions.offset) * (positions.kind == "learned")

@@ -17,7 +17,7 @@ from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.data.pipeline import DataPipeline, build_data
 from sparsejax.models.sizes import ffn_comparison
 from sparsejax.parallel import launch
-from sparsejax.plugs import ConfigError
+from sparsejax.plugs import ConfigError, check
 from sparsejax.train import metrics
 from sparsejax.train.final import describe, finish
 from sparsejax.train.loop import Trainer
@@ -59,6 +59,7 @@ def train(
     trainer = Trainer(setup, data, folder)
     _open_folder(folder, config)
     choice = trainer.choose(resume)
+    check((choice.step or 0) <= config.steps, "steps", config.steps, f"the checkpoint to start from is of step {choice.step}")
     compile_seconds = compile_ahead(setup, choice.step or 0)
     say("\n".join(summary(setup)))
     say("\n".join(data.describe()))
@@ -88,7 +89,10 @@ def _silent(*values: Any) -> None:
 
 def _with_data(config: ExperimentConfig, data: DataPipeline) -> ExperimentConfig:
     """The config with what only the data knows: vocabulary or classes."""
-    return finalize(config, vocab_size=data.vocab_size, num_classes=data.num_classes, device_count=jax.device_count())
+    return finalize(
+        config, vocab_size=data.vocab_size, num_classes=data.num_classes, image_shape=data.image_shape,
+        device_count=jax.device_count(),
+    )
 
 
 @contextlib.contextmanager

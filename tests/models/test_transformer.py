@@ -248,7 +248,8 @@ def test_an_encoder_decoder_reads_its_encoder_and_stays_causal():
 @pytest.mark.parametrize("class_token, pool", [(True, "class"), (False, "mean")])
 def test_a_vit_classifies_and_takes_images_of_another_size(class_token, pool):
     vision = VisionConfig(image_size=8, channels=1, patch_size=2, class_token=class_token)
-    config = model_config(kind="vit", vocab_size=0, num_classes=10, pool=pool, vision=vision, positions=PositionConfig("none"))
+    positions = PositionConfig("learned")
+    config = model_config(kind="vit", vocab_size=0, num_classes=10, pool=pool, vision=vision, positions=positions)
     images = jnp.asarray(np.random.default_rng(0).random((3, 12, 12, 1)), jnp.float32)
     assert run(config, {"images": images[:, :8, :8]})[0].shape == (3, 10)
     assert run(config, {"images": images})[0].shape == (3, 10)

@@ -241,6 +241,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_b
     assert_same_bits(copy, clean)
 
 
+def test_a_checkpoint_beyond_the_last_step_is_refused(clean, tmp_path):
+    argv = ["train", f"--config={ROOT / CONFIG}", "--config.steps=8", f"--out={tmp_path / 'other'}", f"--resume={clean}"]
+    call, _ = entry.parse(argv, train_verb.Flags)
+    with pytest.raises(ConfigError, match="steps = 8: .* step 12"):
+        train_verb.main(call)
+
+
 def test_another_data_order_is_refused(clean, tmp_path):
     made = trainer(tmp_path / "new", seed=1)
     with pytest.raises(CheckpointError, match="data.seed: the folder has 0, this run has 1"):

@@ -55,7 +55,7 @@ class Record:
 
     Fields:
       step: optimizer steps done; the next batch to read is that of this step.
-      config: what makes this run itself, as flat or nested JSON values: a run folder with another config is refused.
+      config: the run's config as nested JSON values; a run that goes on from here under another prints what differs.
       data: the same for the data (source hash, tokenizer, batch size, seed).
       extra: anything else the loop wants back (loss average, seconds trained).
       versions: filled in by default.

@@ -47,11 +47,6 @@ class StepTimer:
         """Seconds since the start without the pauses that have ended."""
         return self._now() - self._start - self._paused
 
-    @property
-    def paused_seconds(self) -> float:
-        """Seconds spent in pauses so far."""
-        return self._paused
-
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leave what happens inside out of every rate; pauses may nest."""

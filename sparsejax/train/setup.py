@@ -30,7 +30,7 @@ BatchSpec = dict[str, tuple[tuple[int, ...], Any]]
 class Setup:
     """A model on its mesh, with the functions that train and evaluate it.
 
-    `shardings` and `abstract_state` have the structure of TrainState; `train(stage, watch)` and `evaluate(stage, watch)` give
+    `abstract_state` carries the shardings; `train(stage, watch)` and `evaluate(stage, watch)` give
     compiled functions and compile each at most once; `jitted` is the training step before that.
     """
 
@@ -38,7 +38,6 @@ class Setup:
     mesh: Mesh
     structure: Structure
     abstract_state: TrainState
-    shardings: TrainState
     batch_spec: dict[str, jax.ShapeDtypeStruct]
     boundaries: tuple[int, ...]
     schedule: optax.Schedule
@@ -115,7 +114,6 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
         mesh=mesh,
         structure=structure,
         abstract_state=abstract,
-        shardings=shardings,
         batch_spec=batch,
         boundaries=SiteRules.parse(config.model.inputs, config.model.weights).boundaries(),
         schedule=schedule,

@@ -187,11 +187,6 @@ def test_parts_that_cannot_work_are_refused_at_once(folder, changes, message):
         build(folder, **changes)
 
 
-def test_a_model_vocabulary_smaller_than_the_tokenizers_is_refused(folder):
-    with pytest.raises(ConfigError, match="model.vocab_size = 100: the tokenizer has 264 ids"):
-        build_data(DataConfig(), model_kind="decoder", batch_size=2, seed=0, vocab_size=100)
-
-
 def test_a_batch_that_does_not_divide_over_the_hosts_is_refused(folder):
     with pytest.raises(ConfigError, match="batch_size = 8: must be divisible by the number of processes, 3"):
         build(folder).iterator(0, 0, 3)

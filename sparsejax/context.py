@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["reduction"])
@@ -21,17 +20,6 @@ class Stat:
 
     value: Any
     reduction: str = "sum"
-
-
-def combine(a: Stat, b: Stat) -> Stat:
-    """Two microbatches' statistics as one; a mean keeps the running sum, `finish` divides it."""
-    value = jnp.maximum(a.value, b.value) if a.reduction == "max" else a.value + b.value
-    return Stat(value, a.reduction)
-
-
-def finish(stat: Stat, microbatches: int) -> Stat:
-    """Close a running reduction over `microbatches`."""
-    return Stat(stat.value / microbatches, "mean") if stat.reduction == "mean" else stat
 
 
 class Probe(NamedTuple):

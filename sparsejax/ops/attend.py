@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.ops.attend_blocked import Bias, attention_weights, block_bias, blocked_attention
 from sparsejax.ops.attend_cudnn import cudnn_attention, why_not_cudnn
-from sparsejax.ops.attend_visibility import Visibility
+from sparsejax.ops.attend_visibility import Span, Visibility
 from sparsejax.plugs import check_choice
 
 BACKENDS = ("auto", "blocked", "xla", "cudnn")
@@ -158,7 +158,7 @@ def attention_entropy(
         bias = bias[..., times, :] if bias.ndim == 3 else bias[every][:, :, times]
     groups, heads = k.shape[2], q.shape[2]
     query = q[every][:, times].reshape(-1, len(times), groups, heads // groups, q.shape[-1]).transpose(0, 2, 3, 1, 4)
-    block = ((0, len(times)), (0, k.shape[1]))
+    block = Span(0, len(times)), Span(0, k.shape[1])
     weights, total, logits = attention_weights(
         query, k[every].transpose(0, 2, 1, 3), sampled.block(*block), block_bias(bias, sampled, *block), softcap, scale
     )
@@ -178,9 +178,10 @@ def sample_rows(batch: int, length: int, rows: int) -> tuple[int, np.ndarray]:
 
 
 def default_block_size(length: int, platform: str) -> int:
-    """Queries per block: 64 up to 512 queries on CPU (measured), then 128; at most 32 blocks, since each is traced."""
-    smallest = (64 if length <= 512 else 128) if platform == "cpu" else 256
-    return max(smallest, -(-length // 32))
+    """Queries per block: 64 up to 512 queries on CPU (measured), then 128; 256 elsewhere."""
+    if platform == "cpu":
+        return 64 if length <= 512 else 128
+    return 256
 
 
 def trace_platform() -> str:

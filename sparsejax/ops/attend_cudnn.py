@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparsejax.ops.attend_visibility import Visibility
+from sparsejax.ops.attend_visibility import Span, Visibility
 
 # cuDNN takes segments and prefixes as an additive [B, 1, T, S] bias in the inputs' type: above this many bytes blocks are used.
 _LARGEST_MASK_BYTES = 256 * 2**20
@@ -43,7 +43,7 @@ def cudnn_attention(
     """Attention of operands for which `why_not_cudnn` is empty."""
     causal = visibility.causal and visibility.prefix is None
     window = (visibility.window - 1, 0) if visibility.window else None
-    whole = (0, q.shape[1]), (0, k.shape[1])
+    whole = Span(0, q.shape[1]), Span(0, k.shape[1])
     visible = visibility.block(*whole) if visibility.depends_on_data else None
     if visible is not None:
         visible = jnp.broadcast_to(visible, (q.shape[0], q.shape[1], k.shape[1]))

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
+
+
+class Span(NamedTuple):
+    """Consecutive indices [start, start + size); inside a loop over blocks `start` is a traced integer."""
+
+    start: int | Int[Array, ""]
+    size: int
 
 
 @dataclass(frozen=True)
@@ -52,57 +60,65 @@ class Visibility:
         """Whether the mask is more than a function of indices."""
         return self.key_segment_ids is not None or self.prefix is not None or not self.ordered_by_index
 
-    def key_range(self, start: int, stop: int) -> tuple[int, int]:
-        """The keys [low, high) outside of which queries [start, stop) see nothing, for any data."""
+    def key_span(self, queries: Span) -> Span:
+        """The keys outside of which these queries (with a static start) see nothing, for any data."""
+        start, stop = queries.start, queries.start + queries.size
         low, high = 0, self.num_keys
         if self.ordered_by_index and self.window:
             low, high = max(0, start - self.window + 1), min(high, stop + self.window - 1)
         if self.ordered_by_index and self.causal and self.prefix is None:
             high = min(high, stop)
-        return low, high
+        return Span(low, high - low)
 
-    def block_positions(self, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Array, Array]:
+    def block_positions(self, queries: Span, keys: Span) -> tuple[Array, Array]:
         """Positions of a block: [Tb] and [Sb], or [B, Tb] and [B, Sb] where either was given."""
         if self.ordered_by_index:
-            return jnp.arange(*queries), jnp.arange(*keys)
+            return _indices(queries), _indices(keys)
         return _positions(self.query_positions, queries), _positions(self.key_positions, keys)
 
-    def block(self, queries: tuple[int, int], keys: tuple[int, int]) -> Bool[Array, "B Tb Sb"] | None:
-        """The mask of queries [start, stop) and keys [low, high); B and Tb may be 1; None where everything is visible."""
+    def block(self, queries: Span, keys: Span) -> Bool[Array, "B Tb Sb"] | None:
+        """The mask of a block of queries and keys; B and Tb may be 1; None where everything is visible."""
         visible = _both(self._near(queries, keys), self._same_segment(queries, keys))
         if not self.causal:
             return visible
         query_positions, key_positions = self._position_grid(queries, keys)
         ordered = key_positions <= query_positions
         if self.prefix is not None:
-            ordered = ordered | _slice(self.prefix, keys)[:, None, :].astype(bool)
+            ordered = ordered | take_span(self.prefix, keys, axis=1)[:, None, :].astype(bool)
         return _both(ordered, visible)
 
-    def _position_grid(self, queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Array, Array]:
+    def _position_grid(self, queries: Span, keys: Span) -> tuple[Array, Array]:
         query_positions, key_positions = (jnp.atleast_2d(p) for p in self.block_positions(queries, keys))
         return query_positions[:, :, None], key_positions[:, None, :]
 
-    def _near(self, queries: tuple[int, int], keys: tuple[int, int]) -> Array | None:
+    def _near(self, queries: Span, keys: Span) -> Array | None:
         if not self.window:
             return None
         query_positions, key_positions = self._position_grid(queries, keys)
         return jnp.abs(query_positions - key_positions) < self.window
 
-    def _same_segment(self, queries: tuple[int, int], keys: tuple[int, int]) -> Array | None:
+    def _same_segment(self, queries: Span, keys: Span) -> Array | None:
         if self.key_segment_ids is None:
             return None
-        key_ids = _slice(self.key_segment_ids, keys)[:, None, :]
+        key_ids = take_span(self.key_segment_ids, keys, axis=1)[:, None, :]
         if self.query_segment_ids is None:
             return key_ids != 0
-        return (_slice(self.query_segment_ids, queries)[:, :, None] == key_ids) & (key_ids != 0)
+        return (take_span(self.query_segment_ids, queries, axis=1)[:, :, None] == key_ids) & (key_ids != 0)
 
 
-def _slice(rows: Array, bounds: tuple[int, int]) -> Array:
-    return lax.slice_in_dim(rows, *bounds, axis=1)
+def take_span(array: Array, span: Span, *, axis: int) -> Array:
+    """`array[span]` along `axis`."""
+    if isinstance(span.start, int):
+        return lax.slice_in_dim(array, span.start, span.start + span.size, axis=axis)
+    return lax.dynamic_slice_in_dim(array, span.start, span.size, axis=axis)
 
 
-def _positions(given: Array | None, bounds: tuple[int, int]) -> Array:
-    return jnp.arange(*bounds)[None] if given is None else _slice(given, bounds)
+def _indices(span: Span) -> Array:
+    return span.start + jnp.arange(span.size)
+
+
+def _positions(given: Array | None, span: Span) -> Array:
+    return _indices(span)[None] if given is None else take_span(given, span, axis=1)
 
 
 def _both(left: Array | None, right: Array | None) -> Array | None:

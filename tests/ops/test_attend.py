@@ -76,7 +76,7 @@ def packed_segments(rng, batch, length):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    length=st.sampled_from([1, 6, 7, 13]),
+    length=st.sampled_from([1, 6, 7, 13, 29]),
     groups=st.integers(1, 2),
     repeats=st.integers(1, 2),
     causal=st.booleans(),
@@ -117,9 +117,10 @@ def test_cross_attention_of_ragged_lengths_equals_the_definition(length, keys, p
     np.testing.assert_allclose(actual, oracle(q, k, v, causal=False, scale=0.5, key_segment_ids=ids), atol=2e-5)
 
 
+@pytest.mark.parametrize("block_size", [8, 2])  # 3 blocks stand alone, 11 are looped over
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("window", [0, 5])
-def test_gradients_of_blocks_equal_the_reference(recompute, window):
+def test_gradients_of_blocks_equal_the_reference(recompute, window, block_size):
     q, k, v = operands(2, 21)
     ids = jnp.asarray(packed_segments(np.random.default_rng(1), 2, 21))
     table = jax.random.normal(jax.random.key(1), (8, 4))
@@ -141,7 +142,7 @@ def test_gradients_of_blocks_equal_the_reference(recompute, window):
         )
         return (jnp.sin(out) * out).sum()
 
-    blocked = jax.jit(jax.grad(partial(loss, backend="blocked", block_size=8, recompute=recompute), (0, 1, 2, 3)))(
+    blocked = jax.jit(jax.grad(partial(loss, backend="blocked", block_size=block_size, recompute=recompute), (0, 1, 2, 3)))(
         q, k, v, table
     )
     reference = jax.jit(jax.grad(partial(loss, backend="xla"), (0, 1, 2, 3)))(q, k, v, table)
@@ -254,6 +255,14 @@ def test_a_bias_function_sees_the_positions_of_its_block():
     np.testing.assert_allclose(run(bias=bias), expected, atol=1e-6)
     positions = jnp.arange(10)[None]
     np.testing.assert_allclose(run(bias=bias, query_positions=positions, key_positions=positions), expected, atol=1e-6)
+
+
+def test_the_traced_program_does_not_grow_with_the_number_of_blocks():
+    def equations(length):
+        q, k, v = operands(1, length, heads=1, groups=1, head_dim=4)
+        return len(str(jax.make_jaxpr(partial(attend, causal=True, scale=0.4, block_size=4))(q, k, v)).splitlines())
+
+    assert equations(256) == equations(64) < 2 * equations(32)
 
 
 def temporary_bytes(length, **kwargs):
@@ -438,6 +447,6 @@ def test_wrong_arguments_are_refused_where_they_are_given():
         attend(q, k, v, causal=False, scale=1.0, prefix=jnp.ones((2, 9), bool))
 
 
-def test_default_blocks_are_bounded_in_number():
-    assert [default_block_size(length, "cpu") for length in (1, 256, 512, 1024, 8192)] == [64, 64, 64, 128, 256]
+def test_default_blocks_depend_on_length_and_platform():
+    assert [default_block_size(length, "cpu") for length in (1, 512, 1024, 8192)] == [64, 64, 128, 128]
     assert default_block_size(1024, "gpu") == 256

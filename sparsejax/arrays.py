@@ -110,6 +110,10 @@ class QTensor:
         return (self.integers().astype(jnp.float32) * self.scale).astype(self.dtype)
 
 
+# Types of stored weights by name, for the folders that hold them.
+WEIGHT_ARRAYS: dict[str, type] = {"QTensor": QTensor}
+
+
 def pack_int4(codes: Int[Array, "*lead in out"]) -> Int[Array, "*lead half out"]:
     """int8 codes in [-8, 7] as nibbles, two input channels to a byte; an odd last channel is paired with zero."""
     *lead, rows, columns = codes.shape

@@ -116,6 +116,11 @@ def from_json[Config](text: str, cls: type[Config], where: str = "config.json") 
         values = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
+    return from_values(values, cls, where)
+
+
+def from_values[Config](values: Any, cls: type[Config], where: str) -> Config:
+    """The same from nested JSON values."""
     try:
         return checked(_build(cls, values, ""))
     except ConfigError as error:

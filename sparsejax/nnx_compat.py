@@ -21,6 +21,7 @@ data = nnx.data
 _READ_ONLY: contextvars.ContextVar[bool] = contextvars.ContextVar("read_only", default=False)
 
 ROLES = ("matrix", "embedding", "norm", "router", "scale", "adapter", "bias", "nonlinearity")
+COMPUTE_ROLES = ("matrix", "embedding", "adapter", "bias")  # held in the compute dtype; the others stay in float32
 
 
 class Weight(nnx.Variable):
@@ -72,7 +73,7 @@ class Structure:
     def map(self, fn: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
         """`fn(weight, *values)` for each Weight and its value in each tree, as a nested dict."""
         return _nest(
-            (path, fn(variable, *(_at(tree, path) for tree in trees)))
+            (path, fn(variable, *(at(tree, path) for tree in trees)))
             for path, variable in zip(self.paths, self.variables, strict=True)
         )
 
@@ -99,7 +100,7 @@ def split(module: nnx.Module) -> tuple[Structure, dict[str, Any]]:
 
 def merge(structure: Structure, values: dict[str, Any]) -> Any:
     """The module of `structure` with `values` in place."""
-    filled = [variable.replace(_at(values, path)) for path, variable in zip(structure.paths, structure.variables, strict=True)]
+    filled = [variable.replace(at(values, path)) for path, variable in zip(structure.paths, structure.variables, strict=True)]
     return jax.tree_util.tree_unflatten(structure.treedef, filled)
 
 
@@ -119,17 +120,22 @@ def _key_name(key: Any) -> str:
     raise TypeError(f"unknown tree key {key!r}")
 
 
-def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
+def at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """The node of a nested dict at a path."""
     for name in path:
         tree = tree[name]
     return tree
 
 
+def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set the node of a nested dict at a path."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
 def _nest(items: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in items:
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
+        put(tree, path, value)
     return tree

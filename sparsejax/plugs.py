@@ -34,6 +34,7 @@ _HOMES: dict[str, str] = {
     "source": "sparsejax.data",
     "tokenizer": "sparsejax.data.tokenizers",
     "task": "sparsejax.data",
+    "family": "sparsejax.models.families",
 }
 
 

@@ -19,6 +19,7 @@ ORDER = [
     (
         "sparsejax.plugs",
         "sparsejax.nnx_compat",
+        "sparsejax.config_text",
         "sparsejax.context",
         "sparsejax.data.config",
         "sparsejax.models.config",
@@ -32,8 +33,9 @@ ORDER = [
     ("sparsejax.layers",),
     ("sparsejax.models", "sparsejax.data", "sparsejax.io"),
     ("sparsejax.evaluate",),
-    ("sparsejax.config_text", "sparsejax.config_rules", "sparsejax.config"),
+    ("sparsejax.config_rules", "sparsejax.config"),
     ("sparsejax.train",),
+    ("sparsejax.io.load",),  # --model may name a run as well as a published model
     ("sparsejax.methods", "sparsejax.compress"),
     ("configs",),
     ("experiments",),

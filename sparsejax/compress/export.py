@@ -14,7 +14,7 @@ import numpy as np
 from sparsejax.arrays import QTensor
 from sparsejax.context import Context
 from sparsejax.layers.linear import Linear
-from sparsejax.nnx_compat import Structure, merge
+from sparsejax.nnx_compat import Structure, at, merge
 from sparsejax.plugs import ConfigError
 from sparsejax.train.state import cast_for_compute
 
@@ -54,7 +54,7 @@ def export(structure: Structure, values: dict[str, Any], dtype: str = "float32")
     rows = []
     for path, tensor in jax.tree_util.tree_flatten_with_path(packed, is_leaf=lambda v: isinstance(v, QTensor))[0]:
         if isinstance(tensor, QTensor):
-            before = _at(values, _names(path))
+            before = at(values, _names(path))
             name, after = ".".join(_names(path)), parameter_bytes(tensor)
             rows.append(Row(name, tensor.bits, before.shape, parameter_bytes(before), after))
     return Exported(packed, rows, parameter_bytes(values), parameter_bytes(packed))
@@ -71,7 +71,7 @@ def packed_values(structure: Structure, values: dict[str, Any], dtype: str) -> d
             for op in node.weights:
                 kernel = op(kernel, SERVING)
             if isinstance(kernel, QTensor):
-                _at(packed, _names(path))["kernel"] = kernel
+                at(packed, _names(path))["kernel"] = kernel
                 found += 1
     if not found:
         raise ConfigError("model.weights: no rule quantizes a weight of this model, so there is nothing to export; "
@@ -98,9 +98,3 @@ def report(exported: Exported) -> str:
 
 def _names(path: Any) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree

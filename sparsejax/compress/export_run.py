@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from sparsejax.compress.export import export, report
 from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.data.pipeline import build_data
 from sparsejax.evaluate.likelihood import Likelihood, evaluate
+from sparsejax.io import model_folder
+from sparsejax.io.model import Model
 from sparsejax.parallel import rules
-from sparsejax.plugs import ConfigError, check
-from sparsejax.train.checkpoint import Checkpoints, Record
+from sparsejax.plugs import check
 from sparsejax.train.loop import Trainer
 from sparsejax.train.setup import prepare
 from sparsejax.train.step import make_evaluation_step
@@ -24,7 +24,7 @@ from sparsejax.train.step import make_evaluation_step
 def export_run(run: Path | str, out: Path | str) -> dict[str, Any]:
     """Pack the newest checkpoint of a run into `out` and evaluate both on the same held-out batches; the result as JSON values.
 
-    `out` holds config.json and checkpoints/STEP, whose arrays are the parameters with every quantized kernel as a QTensor.
+    `out` becomes a model folder (`io.model_folder`) in which every quantized kernel is a QTensor.
 
     Args:
       run: a run folder whose config quantizes weights (`model.weights`).
@@ -32,14 +32,10 @@ def export_run(run: Path | str, out: Path | str) -> dict[str, Any]:
     Raises:
       ConfigError: not a run folder, nothing to pack, an `out` that is in use, or an export that would not serve the same bits.
     """
-    run, out = Path(run), Path(out)
+    run = Path(run)
     saved = run / "config.json"
     check(saved.is_file(), "--run", str(run), "is not a run folder: it holds no config.json")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        check(not any(out.iterdir()), "--out", str(out), "is not empty")
-    except OSError as error:
-        raise ConfigError(f"--out = {str(out)!r}: not usable as a folder ({error})") from error
+    out = model_folder.claim(out, "--out")
     config = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
     data = build_data(config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=config.seed)
     config = finalize(
@@ -57,10 +53,9 @@ def export_run(run: Path | str, out: Path | str) -> dict[str, Any]:
     print(f"held-out loss {before.loss:.6f} as trained, {after.loss:.6f} as exported")
     same = before.loss == after.loss
     check(same, "--run", str(run), f"the export gives a held-out loss of {after.loss!r}, the trained model {before.loss!r}")
-    (out / "config.json").write_text(config_text.to_json(config), encoding="utf-8")
-    target = Checkpoints(out / "checkpoints", resumed_from=None, keep=1)
-    target.save_now(step, exported.values, Record(step, dataclasses.asdict(config), {"fingerprint": data.fingerprint}))
-    target.close()
+    source = {"family": "sparsejax", "run": config.name, "step": step}
+    model = Model(str(out), config.model, trainer.setup.structure, exported.values, data.tokenizer, None, source)
+    model_folder.save(model, out)
     return {
         "run": str(run),
         "out": str(out),

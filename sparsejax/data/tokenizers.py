@@ -7,6 +7,7 @@ the mode tokens [R] [S] [X] and the sentinels. None of them can be produced by e
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -33,6 +34,8 @@ class TextCodec(Protocol):
     size: int
     fingerprint: str
 
+    @property
+    def prefix_ids(self) -> tuple[int, ...]: ...
     def encode(self, text: str) -> np.ndarray: ...
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -70,6 +73,11 @@ class Tokenizer:
                     self.sentinel_ids.tolist())
         return hashlib.sha256(f"{self.codec.fingerprint} {specials}".encode()).hexdigest()
 
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Special ids that the tokenizer puts before a text unless told otherwise (Llama's BOS); () where it puts none."""
+        return self.codec.prefix_ids
+
     def encode(self, text: str) -> np.ndarray:
         """Ids int32[N] of a text, without special ids."""
         return self.codec.encode(text)
@@ -102,6 +110,7 @@ class ByteCodec:
 
     size = 256
     fingerprint = "bytes"
+    prefix_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -123,8 +132,14 @@ class LibraryCodec:
         self._tokenizer = tokenizer
         self.vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         self.size = max(self.vocabulary.values(), default=-1) + 1
-        self._serialized = tokenizer.to_str()
-        self.fingerprint = hashlib.sha256(self._serialized.encode()).hexdigest()
+        self.serialized = tokenizer.to_str()
+        self.fingerprint = hashlib.sha256(self.serialized.encode()).hexdigest()
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        encoding = self._tokenizer.encode("a")
+        leading = itertools.takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+        return tuple(token for token, _ in leading)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -138,7 +153,7 @@ class LibraryCodec:
 
     def token_bytes(self) -> np.ndarray:
         """Bytes per id: exact for byte-level vocabularies, else of the token's own text (a normalizer may have changed it)."""
-        description = json.loads(self._serialized)
+        description = json.loads(self.serialized)
         byte_level = "ByteLevel" in json.dumps([description.get("pre_tokenizer"), description.get("decoder")])
         counts = np.zeros(self.size, np.int32)
         for token, index in self.vocabulary.items():
@@ -271,14 +286,22 @@ def read_tokenizer_json(path: Path) -> LibraryCodec:
     Raises:
       ConfigError: not UTF-8, not JSON, or not a description that the `tokenizers` library accepts.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a usable tokenizer.json ({error})") from error
+    return LibraryCodec(parse_tokenizer(text, str(path)))
+
+
+def parse_tokenizer(text: str, where: str) -> Any:
+    """The tokenizer of the `tokenizers` library that the text of a `tokenizer.json` describes; errors name `where`."""
     from tokenizers import Tokenizer as LibraryTokenizer
 
     try:
-        text = path.read_text(encoding="utf-8")
         json.loads(text)
-        return LibraryCodec(LibraryTokenizer.from_str(text))
+        return LibraryTokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception for all that it rejects
-        raise ConfigError(f"{path}: not a usable tokenizer.json ({error})") from error
+        raise ConfigError(f"{where}: not a usable tokenizer.json ({error})") from error
 
 
 # Names of special tokens in published vocabularies, the first that exists is taken.
@@ -291,6 +314,26 @@ PUBLISHED_NAMES = {
     "S": ("[S]", "[S2S]"),
     "X": ("[X]", "[NLG]"),
 }
+
+
+def published(
+    tokenizer: Any, *, eos: int, bos: int | None = None, pad: int | None = None, mask: int | None = None
+) -> Tokenizer:
+    """The tokenizer of a published model.
+
+    Args:
+      tokenizer: of the `tokenizers` library.
+      eos, bos, pad, mask: ids of its special tokens; where `bos` or `pad` is None, `eos` stands for it.
+    Raises:
+      ConfigError: an id that the vocabulary does not have.
+    """
+    codec = LibraryCodec(tokenizer)
+    ids = {"eos": eos, "bos": eos if bos is None else bos, "pad": eos if pad is None else pad}
+    if mask is not None:
+        ids["mask"] = mask
+    for name, number in ids.items():
+        check(0 <= number < codec.size, f"tokenizer: {name} id", number, f"the vocabulary has {codec.size} tokens")
+    return _assemble(codec, ids, codec.size, 0)
 
 
 @register("tokenizer", "file")

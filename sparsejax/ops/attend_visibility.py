@@ -62,6 +62,7 @@ class Visibility:
 
     def key_span(self, queries: Span) -> Span:
         """The keys outside of which these queries (with a static start) see nothing, for any data."""
+        assert isinstance(queries.start, int)
         start, stop = queries.start, queries.start + queries.size
         low, high = 0, self.num_keys
         if self.ordered_by_index and self.window:

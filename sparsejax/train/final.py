@@ -53,8 +53,11 @@ def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict
         result["baselines"] = {"unigram": baselines.entropy, "bigram": baselines.bigram}
         result["bytes_per_token"] = found.bytes / found.tokens
     prompt = config.evaluate.sample_prompt or "\n"
-    if room_after(trainer, prompt) > 0:
-        result["sample"] = {"prompt": prompt, "text": sample_text(trainer, prompt, room_after(trainer, prompt))}
+    room = room_after(trainer, prompt)
+    if room > 0:
+        result["sample"] = {"prompt": prompt, "text": sample_text(trainer, prompt, room)}
+    elif config.evaluate.sample_tokens and launch.is_main():
+        print(f"no sample: evaluate.sample_prompt fills the model's {config.model.max_length} learned positions")
     if launch.is_main():
         if seconds["steps_run"]:
             _log_last_evaluation(trainer, found)

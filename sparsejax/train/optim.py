@@ -15,8 +15,6 @@ from sparsejax import plugs
 from sparsejax.nnx_compat import Structure
 from sparsejax.train.config import OptimizerConfig
 
-SCHEDULES = ("constant", "cosine", "wsd", "inverse_sqrt")
-
 # These search along a line, sample a Hessian or take a second gradient; optax has deprecated the last.
 _LEFT_OUT = ("lbfgs", "polyak_sgd", "sophia", "sam", "opaque_sam", "momo", "momo_adam", "acprop", "optimistic_adam")
 
@@ -63,6 +61,17 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def schedule_notes(config: OptimizerConfig, steps: int) -> list[str]:
+    """What a run of this many steps does not get of its schedule, for people; empty where it gets all."""
+    warmup = config.warmup_steps
+    if warmup >= steps:
+        return [f"note: warm-up takes {warmup} steps and the run has {steps}: the learning rate stays below its peak"]
+    decay = round(config.decay_fraction * steps) if config.schedule == "wsd" else 0
+    if warmup + decay > steps:
+        return [f"note: {warmup} steps of warm-up and {decay} of decay exceed its {steps}: it ends above the final rate"]
+    return []
 
 
 def optimizer(config: OptimizerConfig, steps: int, structure: Structure) -> optax.GradientTransformation:

@@ -15,10 +15,12 @@ import jax
 from sparsejax import config_text
 from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.data.pipeline import DataPipeline, build_data
+from sparsejax.data.tokenizers import Tokenizer
+from sparsejax.io import model_json
 from sparsejax.models.sizes import ffn_comparison
 from sparsejax.parallel import launch
 from sparsejax.plugs import ConfigError, check
-from sparsejax.train import metrics
+from sparsejax.train import metrics, optim
 from sparsejax.train.final import describe, finish
 from sparsejax.train.loop import Trainer
 from sparsejax.train.setup import compile_ahead, parameter_table, prepare, summary
@@ -61,11 +63,11 @@ def train(
     choice = trainer.choose(resume)
     check((choice.step or 0) <= config.steps, "steps", config.steps, f"the checkpoint to start from is of step {choice.step}")
     compile_seconds = compile_ahead(setup, choice.step or 0)
-    say("\n".join(summary(setup)))
+    say("\n".join([*summary(setup), *optim.schedule_notes(config.optimizer, config.steps)]))
     say("\n".join(data.describe()))
     first = trainer.restore(choice)
     with _full_disk_told(folder):
-        _claim_folder(folder, config)
+        _claim_folder(folder, config, data.tokenizer)
         began = time.perf_counter()
         finished = trainer.run()
         train_seconds = time.perf_counter() - began
@@ -122,9 +124,11 @@ def _open_folder(folder: Path, config: ExperimentConfig) -> None:
         raise ConfigError(f"--out = {str(folder)!r}: not usable as a run folder ({error})") from error
 
 
-def _claim_folder(folder: Path, config: ExperimentConfig) -> None:
+def _claim_folder(folder: Path, config: ExperimentConfig, tokenizer: Tokenizer | None) -> None:
     """Write the config, when nothing is left that may be refused: a start that failed leaves the folder to another config."""
     launch.barrier("folder read")
     if launch.is_main():
+        for name, text in model_json.files(config.model, {"stored": "checkpoints"}, tokenizer).items():
+            metrics.replace_text(folder / name, text)
         metrics.replace_text(folder / "config.json", config_text.to_json(config))
         metrics.replace_text(folder / "config.txt", config_text.to_text(config))

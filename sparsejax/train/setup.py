@@ -73,7 +73,7 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
         return init_state(config.model, config.seed, transformation, averaged)
 
     abstract = jax.eval_shape(build)
-    shardings = _state_shardings(abstract, axes, mesh)
+    shardings = state_shardings(abstract, axes, mesh)
     abstract = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rules.batch_sharding(mesh, shape))
@@ -125,7 +125,8 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
     )
 
 
-def _state_shardings(abstract: TrainState, axes: Any, mesh: Mesh) -> TrainState:
+def state_shardings(abstract: TrainState, axes: Any, mesh: Mesh) -> TrainState:
+    """Where each array of a state goes: parameters, moments and averages by logical axes, the rest everywhere."""
     whole: Any = rules.replicated(mesh)
     return TrainState(
         step=whole,

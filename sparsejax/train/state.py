@@ -13,8 +13,6 @@ from sparsejax import nnx_compat
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.transformer import Transformer
 
-COMPUTE_ROLES = ("matrix", "embedding", "adapter", "bias")
-
 
 class TrainState(NamedTuple):
     """step: int32[]; trainable: all that is differentiated and that optax sees, float32; optimizer: optax state;
@@ -55,7 +53,7 @@ def cast_for_compute(structure: nnx_compat.Structure, values: dict[str, Any], dt
     target = jnp.dtype(dtype)
 
     def cast(weight: nnx_compat.Weight, value: Any) -> Any:
-        if weight.role not in COMPUTE_ROLES or not isinstance(value, jax.Array):
+        if weight.role not in nnx_compat.COMPUTE_ROLES or not isinstance(value, jax.Array):
             return value
         return value.astype(target)
 

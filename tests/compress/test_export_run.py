@@ -4,18 +4,18 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import entry, export, train
-from sparsejax import config_text
 from sparsejax.arrays import QTensor
-from sparsejax.compress.export import packed_values
-from sparsejax.config import ExperimentConfig
-from sparsejax.models.transformer import Transformer
-from sparsejax.nnx_compat import abstract
+from sparsejax.context import Context
+from sparsejax.io import model_folder
+from sparsejax.nnx_compat import merge
 from sparsejax.plugs import ConfigError
-from sparsejax.train.checkpoint import restore
+from sparsejax.train.load_run import load_run
 
+TOKENS = np.arange(32).reshape(2, 16) % 20
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--config.steps=2", "--config.optimizer.warmup_steps=0", "--config.model.num_layers=1", "--config.model.d_model=32",
@@ -37,18 +37,22 @@ def trained(tmp_path_factory):
     return folder
 
 
+def logits(model):
+    run = jax.jit(lambda values: merge(model.structure, values)({"tokens": TOKENS}, Context(mode="prefill"))[0])
+    return run(model.values)
+
+
 def test_a_run_is_packed_and_loses_no_bit_of_its_loss(trained, tmp_path):
     out = tmp_path / "packed"
     result = run(export.main, export.Flags, f"--run={trained}", f"--out={out}", config=False)
     assert result["loss_trained"] == result["loss_exported"] and json.dumps(result)
     assert {row["bits"] for row in result["kernels"]} == {4, 8}
     assert result["bytes_after"] < 0.5 * result["bytes_before"]
-    config = config_text.from_json((out / "config.json").read_text(), ExperimentConfig).model
-    structure, shapes = abstract(lambda: Transformer(config, jax.random.key(0)))
-    like = jax.eval_shape(lambda values: packed_values(structure, values, config.dtype), shapes)
-    values = restore(out / "checkpoints" / "2", like)
-    kernels = jax.tree.leaves(values, is_leaf=lambda v: isinstance(v, QTensor))
+    model, run_model = model_folder.load(out), load_run(trained)
+    kernels = jax.tree.leaves(model.values, is_leaf=lambda v: isinstance(v, QTensor))
     assert sum(isinstance(kernel, QTensor) for kernel in kernels) == len(result["kernels"])
+    served, trained_as = logits(model), logits(run_model)
+    np.testing.assert_array_equal(served, trained_as)
 
 
 def test_an_export_that_cannot_be_is_refused(trained, tmp_path):

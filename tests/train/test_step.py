@@ -322,3 +322,10 @@ def test_unusable_optimizers_are_named(config, message):
 def test_a_constant_batch_is_learned():
     _, found = steps(experiment(steps=40), 40, seeds=[0] * 40)
     assert found[-1]["loss"] < 0.3 * found[0]["loss"]
+
+
+def test_a_schedule_that_the_run_cuts_short_is_told():
+    wsd = OptimizerConfig(schedule="wsd", warmup_steps=50, decay_fraction=0.6)
+    assert "50 steps of warm-up and 60 of decay" in optim.schedule_notes(wsd, 100)[0]
+    assert "warm-up takes 50 steps and the run has 40" in optim.schedule_notes(wsd, 40)[0]
+    assert not optim.schedule_notes(wsd, 200) and not optim.schedule_notes(OptimizerConfig(), 1)

@@ -1,0 +1,108 @@
+"""`--model NAME_OR_PATH`: a known name, a Hugging Face folder or zip, a GGUF or ONNX file, a run or a model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sparsejax.data import tokenizers
+from sparsejax.data.tokenizers import Tokenizer
+from sparsejax.io import gguf_model, model_folder, onnx_file, onnx_layouts
+from sparsejax.io.family import family_of
+from sparsejax.io.gguf import open_gguf
+from sparsejax.io.gguf_tokenizer import tokenizer_from_gguf
+from sparsejax.io.hf_folder import HfFiles, read_hf
+from sparsejax.io.hub import Located, resolve
+from sparsejax.io.model import Model
+from sparsejax.io.safetensors_file import open_safetensors
+from sparsejax.io.tensors import TensorSource
+from sparsejax.io.weights import load_values
+from sparsejax.plugs import ConfigError, check_choice
+from sparsejax.train.load_run import load_run
+
+DTYPES = ("float32", "bfloat16")
+
+
+def load(name_or_path: str, *, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
+    """The model that a name or path means, its weights straight on their devices.
+
+    Args:
+      name_or_path: see `hub.resolve`.
+      dtype: of matrices, embeddings and biases, and of the computation; a model folder keeps the types it was saved with.
+      mesh: where the parameters go; None: the default device.
+    Raises:
+      ConfigError: what was given is not there or cannot be used; names the file and the tensor or key.
+    """
+    check_choice("--dtype", dtype, DTYPES)
+    located = resolve(name_or_path)
+    return _LOADERS[located.kind](located, dtype, mesh)
+
+
+def _published(
+    located: Located, published: Mapping[str, Any], source: TensorSource, about: dict[str, Any], dtype: str, mesh: Mesh | None
+) -> dict[str, Any]:
+    """The fields of a Model that a published config and its tensors decide."""
+    family = family_of(published, str(located.path))
+    config = dataclasses.replace(family.to_config(published), dtype=dtype)
+    structure, values = load_values(config, family, source, dtype=dtype, mesh=mesh)
+    source_fields = {"family": family.name, "path": str(located.path), "config": dict(published), **about}
+    return dict(name=located.name, config=config, structure=structure, values=values, source=source_fields)
+
+
+def _load_hf(located: Located, dtype: str, mesh: Mesh | None) -> Model:
+    files = read_hf(located.path)
+    about = {"format": "hf", "generation": files.generation, "special_tokens": files.special_tokens}
+    tokenizer = _hf_tokenizer(files)
+    loaded = _published(located, files.config, open_safetensors(located.path), about, dtype, mesh)
+    return Model(**loaded, tokenizer=tokenizer, chat_template=files.chat_template)
+
+
+def _load_gguf(located: Located, dtype: str, mesh: Mesh | None) -> Model:
+    gguf = open_gguf(located.path)
+    published, source = gguf_model.as_hf(gguf)
+    found = tokenizer_from_gguf(gguf)
+    if found.eos_id is None:
+        raise ConfigError(f"{located.path}: metadata 'tokenizer.ggml.eos_token_id' is missing")
+    tokenizer = tokenizers.published(found.tokenizer, eos=found.eos_id, bos=found.bos_id, pad=found.pad_id)
+    about = {
+        "format": "gguf",
+        "generation": {"eos_token_id": list(found.stop_ids)},
+        "special_tokens": {role.removesuffix("_token"): text for role, text in found.special_tokens.items()},
+    }
+    loaded = _published(located, published, source, about, dtype, mesh)
+    return Model(**loaded, tokenizer=tokenizer, chat_template=found.chat_template)
+
+
+def _load_onnx(located: Located, dtype: str, mesh: Mesh | None) -> Model:
+    published, source = onnx_layouts.as_hf(onnx_file.OnnxFile(located.path))
+    return Model(**_published(located, published, source, {"format": "onnx"}, dtype, mesh))
+
+
+def _load_folder(located: Located, dtype: str, mesh: Mesh | None) -> Model:
+    return model_folder.load(located.path, name=located.name, dtype=dtype, mesh=mesh)
+
+
+def _load_run(located: Located, dtype: str, mesh: Mesh | None) -> Model:
+    return load_run(located.path, name=located.name, dtype=dtype, mesh=mesh)
+
+
+def _hf_tokenizer(files: HfFiles) -> Tokenizer | None:
+    """The tokenizer with the ids of its special tokens; a vocabulary without an end token (BERT) ends with its separator."""
+    if files.tokenizer_json is None:
+        return None
+    library = tokenizers.parse_tokenizer(files.tokenizer_json, f"{files.path}: tokenizer.json")
+    texts = files.special_tokens
+
+    def number(*roles: str) -> int | None:
+        return next((library.token_to_id(texts[role]) for role in roles if role in texts), None)
+
+    eos = number("eos", "sep")
+    if eos is None:
+        raise ConfigError(f"{files.path}: tokenizer_config.json names no eos_token or sep_token of the vocabulary: {texts}")
+    return tokenizers.published(library, eos=eos, bos=number("bos", "cls"), pad=number("pad"), mask=number("mask"))
+
+
+_LOADERS = {"hf": _load_hf, "gguf": _load_gguf, "onnx": _load_onnx, "model": _load_folder, "run": _load_run}

@@ -1,0 +1,236 @@
+"""From named tensors to a model's parameters, each number straight into its place on its device.
+
+Parameters of a scanned stack are one array over layers. Its buffers are filled layer by layer, as each tensor is read from
+the file, handed to the devices, and dropped before the next: beside the model there is never more than its largest array.
+"""
+
+from __future__ import annotations
+
+import collections
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding
+
+from sparsejax import nnx_compat
+from sparsejax.io.family import Family
+from sparsejax.io.name_map import Entry, Slot, expand, parameter_slots
+from sparsejax.io.tensors import TensorInfo, TensorSource
+from sparsejax.models.config import ModelConfig
+from sparsejax.models.transformer import Transformer
+from sparsejax.nnx_compat import COMPUTE_ROLES, Structure
+from sparsejax.parallel import rules
+from sparsejax.plugs import ConfigError
+
+Path = tuple[str, ...]
+_LISTED = 12  # names in one message
+
+
+def load_values(
+    config: ModelConfig, family: Family, source: TensorSource, *, dtype: str = "float32", mesh: Mesh | None = None
+) -> tuple[Structure, dict[str, Any]]:
+    """The structure and parameters of a published checkpoint.
+
+    Args:
+      config: finalized, `family.to_config`'s.
+      family: whose names the tensors have.
+      source: the checkpoint.
+      dtype: of matrices, embeddings and biases; norms, scales and routers are float32.
+      mesh: where the parameters go, by the rules of `sparsejax.parallel`; None: the default device.
+    Raises:
+      ConfigError: tensors that are missing, that nothing reads, of a wrong shape or no float type, that hold NaN, or a tied
+        head that differs from the embedding; all of a kind are listed by name.
+    """
+    structure, shapes = nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
+    slots = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
+    entries = expand(family.entries(config), config, set(slots), family.experts(config))
+    names = Names(family, source)
+    check_names(names, entries, tied=config.tied_embeddings)
+    check_shapes(names, entries, slots, shapes)
+    filler = _Filler(structure, shapes, dtype, mesh)
+    for group in _groups(entries, slots, shapes):
+        filler.fill(group, slots, names)
+    if config.tied_embeddings:
+        _check_tied(family, names, entries)
+    return structure, filler.values
+
+
+class Names:
+    """A source under the names of the family's full architecture: the base model alone leaves a prefix out."""
+
+    def __init__(self, family: Family, source: TensorSource):
+        self.source, self.family = source, family
+        renamed = {name: self._renamed(name) for name in source.tensors}
+        bare = family.prefix and not any(name.startswith(family.prefix) for name in renamed.values())
+        self.stored = {f"{family.prefix if bare else ''}{name}": stored for stored, name in renamed.items()}
+        counts = collections.Counter(renamed.values())
+        twice = [stored for stored, name in renamed.items() if counts[name] > 1]
+        self.fail("tensors under an old and a new name", twice)
+
+    def _renamed(self, name: str) -> str:
+        for theirs, ours in self.family.renamed:
+            if name.startswith(theirs):
+                return f"{ours}{name.removeprefix(theirs)}"
+        return name
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored
+
+    def info(self, name: str) -> TensorInfo:
+        return self.source.tensors[self.stored[name]]
+
+    def read(self, name: str) -> np.ndarray:
+        return self.source.read(self.stored[name])
+
+    def without(self, names: Iterable[str]) -> list[str]:
+        """Stored names beyond these and the family's ignored ones."""
+        known, ignored = set(names), self.family.ignored
+        extra = {full: stored for full, stored in self.stored.items() if full not in known}
+        return [stored for full, stored in extra.items() if not any(fnmatch.fnmatchcase(full, glob) for glob in ignored)]
+
+    def fail(self, problem: str, names: Sequence[str]) -> None:
+        """Raise a ConfigError that lists the names, if there are any."""
+        if names:
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            raise ConfigError(f"{self.source.path}: {problem}: {', '.join(list(names)[:_LISTED])}{more}")
+
+
+def check_names(names: Names, entries: Sequence[Entry], *, tied: bool) -> None:
+    """Every tensor that the model needs is there, and nothing else."""
+    needed = [name for one in entries for name in one.theirs if not one.optional]
+    names.fail("tensors that the model needs are missing", [name for name in needed if name not in names])
+    known = {name for one in entries for name in one.theirs}
+    known |= {name for _, name in names.family.tied} if tied else set()
+    names.fail(f"tensors that no part of a {names.family.name} model reads", sorted(names.without(known)))
+
+
+def check_shapes(names: Names, entries: Sequence[Entry], slots: dict[str, Slot], shapes: dict[str, Any]) -> None:
+    """Every tensor has a float type and the shape that its place needs; decided without reading any."""
+    wrong = []
+    for one in entries:
+        if not present(one, names):
+            continue
+        infos = [names.info(name) for name in one.theirs]
+        wrong += [
+            f"{name} is {info.dtype}, a float type is needed"
+            for name, info in zip(one.theirs, infos, strict=True)
+            if not jax.numpy.issubdtype(info.dtype, jax.numpy.floating)
+        ]
+        needed = [parameter_shape(name, slots, shapes) for name in one.ours]
+        try:
+            found = [array.shape for array in one.layout.load([_hollow(info.shape) for info in infos])]
+        except ValueError:
+            found = []
+        if found != needed:
+            given = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(one.theirs[:2], infos, strict=False))
+            wrong.append(f"{given} for {', '.join(f'{n} {list(s)}' for n, s in zip(one.ours, needed, strict=True))}")
+    names.fail("tensors of a wrong shape or type", wrong)
+
+
+def present(one: Entry, names: Names) -> bool:
+    """Whether an entry's tensors are stored; only an optional one's may not be."""
+    return not one.optional or all(name in names for name in one.theirs)
+
+
+def parameter_shape(name: str, slots: dict[str, Slot], shapes: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of one layer's parameter."""
+    shape = nnx_compat.at(shapes, slots[name].path).shape
+    return shape if slots[name].row is None else shape[1:]
+
+
+def _hollow(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of this shape in one byte of memory."""
+    return np.broadcast_to(np.zeros((), np.int8), shape)
+
+
+def _groups(entries: Sequence[Entry], slots: dict[str, Slot], shapes: dict[str, Any]) -> Iterator[list[Entry]]:
+    """Entries by the arrays that they fill together, largest first, so that buffers stand beside few finished arrays."""
+    group_of: dict[Path, set[Path]] = {}
+    for one in entries:
+        joined = set().union(*(group_of.get(slots[name].path, {slots[name].path}) for name in one.ours))
+        group_of.update(dict.fromkeys(joined, joined))
+    by_group: dict[frozenset[Path], list[Entry]] = {}
+    for one in entries:
+        by_group.setdefault(frozenset(group_of[slots[one.ours[0]].path]), []).append(one)
+
+    def size(paths: frozenset[Path]) -> int:
+        return sum(nnx_compat.at(shapes, path).size for path in paths)
+
+    for paths in sorted(by_group, key=size, reverse=True):
+        yield by_group[paths]
+
+
+class _Filler:
+    """Fills arrays shard by shard in host memory and hands them to their devices."""
+
+    def __init__(self, structure: Structure, shapes: dict[str, Any], dtype: str, mesh: Mesh | None):
+        self.shapes, self.mesh = shapes, mesh
+        self.weights = dict(zip(structure.paths, structure.variables, strict=True))
+        self.dtype = np.dtype(jax.numpy.dtype(dtype))
+        self.values: dict[str, Any] = {}
+
+    def fill(self, group: list[Entry], slots: dict[str, Slot], names: Names) -> None:
+        leaves = {slots[name].path: _Leaf(*self._place(slots[name].path)) for one in group for name in one.ours}
+        for one in group:
+            if present(one, names):
+                arrays = one.layout.load([names.read(name) for name in one.theirs])
+            else:
+                arrays = [np.asarray(one.default, np.float32)] * len(one.ours)
+            for name, array in zip(one.ours, arrays, strict=True):
+                bad = leaves[slots[name].path].write(array, slots[name].row)
+                names.fail("NaN in", list(one.theirs) if bad else [])
+        for path, leaf in leaves.items():
+            nnx_compat.put(self.values, path, leaf.finish())
+
+    def _place(self, path: Path) -> tuple[tuple[int, ...], np.dtype, Sharding]:
+        weight, shape = self.weights[path], nnx_compat.at(self.shapes, path).shape
+        dtype = self.dtype if weight.role in COMPUTE_ROLES else np.dtype(np.float32)
+        if self.mesh is None:
+            return shape, dtype, jax.numpy.zeros(()).sharding
+        return shape, dtype, jax.NamedSharding(self.mesh, rules.spec_for(weight.axes, shape, self.mesh))
+
+
+class _Leaf:
+    """One array in the making: a host buffer per distinct shard of this process."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding):
+        self.shape, self.sharding = shape, sharding
+        self.buffers: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        for index in sharding.addressable_devices_indices_map(shape).values():
+            bounds = _bounds(index, shape)
+            if bounds not in self.buffers:
+                self.buffers[bounds] = np.empty([stop - start for start, stop in bounds], dtype)
+
+    def write(self, array: np.ndarray, row: int | None) -> bool:
+        """Put an array, or its part, where it belongs; whether NaN was among it."""
+        nan = False
+        for bounds, buffer in self.buffers.items():
+            target, cut = buffer, bounds
+            if row is not None:
+                (start, stop), cut = bounds[0], bounds[1:]
+                if not start <= row < stop:
+                    continue
+                target = buffer[row - start]
+            target[...] = array[tuple(slice(*edges) for edges in cut)] if np.ndim(array) else array
+            nan = nan or bool(np.isnan(target).any())
+        return nan
+
+    def finish(self) -> jax.Array:
+        return jax.make_array_from_callback(self.shape, self.sharding, lambda index: self.buffers[_bounds(index, self.shape)])
+
+
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(one.indices(size)[:2] for one, size in zip(index or (), shape, strict=True))
+
+
+def _check_tied(family: Family, names: Names, entries: Sequence[Entry]) -> None:
+    stored = {ours: one.theirs[0] for one in entries for ours in one.ours}
+    differing = [
+        f"{head} and {stored[ours]}"
+        for ours, head in family.tied
+        if head in names and head != stored[ours] and not np.array_equal(names.read(head), names.read(stored[ours]))
+    ]
+    names.fail("the config ties these tensors, but they differ", differing)

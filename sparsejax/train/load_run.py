@@ -1,0 +1,62 @@
+"""The model of a run folder, from its newest good checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sparsejax import config_text
+from sparsejax.config import ExperimentConfig
+from sparsejax.io import model_json
+from sparsejax.io.model import Model
+from sparsejax.plugs import ConfigError, check
+from sparsejax.train import optim
+from sparsejax.train.checkpoint import choose, read_record, restore
+from sparsejax.train.setup import state_shardings
+from sparsejax.train.state import abstract_model, cast_for_compute, init_state
+
+
+def load_run(folder: Path | str, *, name: str = "", dtype: str = "float32", mesh: Mesh | None = None) -> Model:
+    """The weights that the run evaluates (their average, where it keeps one), in the structure of its config.
+
+    Args:
+      folder: a run folder; the run may still go on, its newest finished checkpoint is read.
+      dtype: of matrices, embeddings and biases.
+      mesh: where they go; None: the default device. Need not be the mesh of the run.
+    Raises:
+      ConfigError: not a run folder, no finished checkpoint, or one that does not fit the config beside it.
+    """
+    folder = Path(folder)
+    saved = folder / "config.json"
+    check(saved.is_file(), "--model", str(folder), "is not a run folder: it holds no config.json")
+    config = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
+    described = model_json.read(folder)
+    config.model = config_text.from_values(described.config, type(config.model), str(folder / model_json.MODEL_JSON))
+    choice = choose("auto", folder / "checkpoints")
+    if choice.path is None:
+        raise ConfigError(f"--model = {str(folder)!r}: holds no finished checkpoint; train it first, or longer")
+    structure, _ = abstract_model(config.model)
+    transformation = optim.optimizer(config.optimizer, config.steps, structure)
+    abstract = jax.eval_shape(
+        lambda: init_state(config.model, config.seed, transformation, config.optimizer.ema_decay > 0)
+    )
+    if mesh is not None:
+        shardings = state_shardings(abstract, structure.map(lambda weight: weight.axes), mesh)
+        abstract = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), abstract, shardings)
+    state = restore(choice.path, abstract)
+    values = state.average or optim.evaluated(config.optimizer, state.optimizer, state.trainable)
+    config.model.dtype = dtype
+    structure, _ = abstract_model(config.model)
+    step = read_record(choice.path).step
+    return Model(
+        name or str(folder),
+        config.model,
+        structure,
+        jax.jit(lambda v: cast_for_compute(structure, v, dtype))(values) if jnp.dtype(dtype) != jnp.float32 else values,
+        described.tokenizer,
+        described.chat_template,
+        {**described.source, "family": "sparsejax", "path": str(folder), "run": config.name, "step": step},
+    )

@@ -1,7 +1,8 @@
-"""Pack a run that was trained with quantized weights into a folder that stores and serves them at their true bits.
+"""Write a model as a folder that loads elsewhere.
 
     python -m experiments.train --config configs/qat_int8_tiny.py --out runs/qat
-    python -m experiments.export --run runs/qat --out runs/qat_packed
+    python -m experiments.export --model runs/qat --out runs/qat_packed               # ours, weights at their true bits
+    python -m experiments.export --model smollm2-135m --format hf --out runs/smollm2  # for Hugging Face transformers
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from sparsejax.plugs import check
 
 @dataclass
 class Flags:
-    run: str = entry.flag("", "run folder of a training with quantized weights")
-    out: str = entry.flag("", "new folder for the packed model")
+    model: str = entry.flag("", "name or path of the model")
+    out: str = entry.flag("", "new folder")
+    format: str = entry.flag("model", "model (ours) or hf (safetensors, config.json, tokenizer and model card)")
+    dtype: str = entry.flag("float32", "float32 or bfloat16: of matrices, embeddings and biases")
 
 
 def main(call: entry.Call[Flags]) -> dict[str, Any]:
-    for name in ("run", "out"):
-        check(getattr(call.flags, name), f"--{name}", "", "give a folder")
-    from sparsejax.compress.export_run import export_run
+    flags = call.flags
+    for name in ("model", "out"):
+        check(getattr(flags, name), f"--{name}", "", "give a name or a folder")
+    from sparsejax.compress.export_model import export_model
 
-    return export_run(call.flags.run, call.flags.out)
+    return export_model(flags.model, flags.out, format=flags.format, dtype=flags.dtype, command=call.command)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from sparsejax import config_rules
 from sparsejax.config_text import checked
 from sparsejax.data.config import DataConfig
 from sparsejax.models.config import ModelConfig
+from sparsejax.models.site_rules import check_sites
 from sparsejax.models.sizes import ffn_width
 from sparsejax.parallel.config import MeshConfig
 from sparsejax.plugs import check
@@ -62,7 +63,7 @@ def finalize(
     config_rules.check_task(config, specs)
     config_rules.check_model(config.model)
     config_rules.check_images(config, image_shape)
-    config_rules.check_sites(config.model, specs["activation"])
+    check_sites(config.model)
     config_rules.check_training(config)
     config_rules.check_mesh(config, specs["feeds"], device_count)
     return config

@@ -10,10 +10,9 @@ from jax.sharding import AbstractMesh
 
 from sparsejax import plugs
 from sparsejax.config_text import leaves
-from sparsejax.context import site_matches
-from sparsejax.layers.linear import Init, SiteRules
+from sparsejax.layers.linear import Init
 from sparsejax.models.config import ModelConfig
-from sparsejax.models.sizes import has_head, linear_shapes
+from sparsejax.models.sizes import is_gated
 from sparsejax.nnx_compat import ROLES, Structure
 from sparsejax.parallel.mesh import AXES, mesh_sizes
 from sparsejax.parallel.rules import check_batch
@@ -49,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.pool": ("mean", "class"),
     "model.dtype": ("float32", "bfloat16"),
     "model.norm.kind": ("rms", "layer", "none"),
+    "model.attention.qk_norm_over": ("head", "projection"),
     "model.attention.backend": ("auto", "blocked", "xla", "cudnn"),
     "model.ffn.match": ("parameters", "flops"),
     "model.positions.kind": ("rope", "learned", "sinusoidal", "relative", "none"),
@@ -74,6 +74,7 @@ BOUNDS: dict[str, Bound] = {
     "model.max_length": _COUNT,
     "model.token_types": _COUNT,
     "model.layer_scale": _COUNT,
+    "model.head_scale": _POSITIVE,
     "model.head_softcap": _COUNT,
     "model.unroll": _COUNT,
     "model.norm.epsilon": _POSITIVE,
@@ -204,9 +205,21 @@ def check_model(model: ModelConfig) -> None:
     check(not norm.bias or norm.kind == "layer", "model.norm.bias", norm.bias, f"norm.kind {norm.kind!r} has no bias")
     check(not norm.plus_one or norm.kind != "none", "model.norm.plus_one", norm.plus_one, "norm.kind is 'none'")
     check(norm.kind != "none" or model.block not in ("post", "sandwich"), "model.block", model.block, "norm.kind is 'none'")
-    check(not model.head_bias or has_head(model), "model.head_bias", model.head_bias, "a tied head has no bias of its own")
+    check(a.qk_norm or a.qk_norm_over == "head", "model.attention.qk_norm_over", a.qk_norm_over, "qk_norm is False")
     Init.parse(model.init)
+    _check_head(model)
     _check_kind(model)
+
+
+def _check_head(model: ModelConfig) -> None:
+    """What an output head needs, and what a model without one cannot have."""
+    if model.head_transform:
+        check(not is_gated(model), "model.head_transform", True, f"ffn.activation = {model.ffn.activation!r} takes two tensors")
+    if model.head:
+        return
+    for field in ("num_classes", "head_bias", "head_transform", "head_softcap"):
+        check(not getattr(model, field), f"model.{field}", getattr(model, field), "model.head is False")
+    check(model.tied_embeddings, "model.tied_embeddings", False, "model.head is False")
 
 
 def _check_kind(model: ModelConfig) -> None:
@@ -222,6 +235,7 @@ def _check_kind(model: ModelConfig) -> None:
           "the first token of a decoder sees nothing but itself; allowed is 'mean'")
     if kind != "vit":
         return
+    check(not model.embedding_norm, "model.embedding_norm", True, "a vit reads no tokens")
     check(vision.image_size % vision.patch_size == 0, "model.vision.patch_size", vision.patch_size,
           f"must divide image_size = {vision.image_size}")
     check_choice("model.positions.kind", model.positions.kind, ("learned", "none"))
@@ -266,41 +280,12 @@ def _listed(values: Sequence[str]) -> str:
     return " or ".join(repr(value) for value in values)
 
 
-def check_sites(model: ModelConfig, activation: Any) -> None:
-    """Every rule of `inputs` and `weights` names a linear map that no earlier rule took, and what acts at a width fits it."""
-    shapes = linear_shapes(model)
-    for width in sorted({features for site, (features, _) in shapes.items() if site.endswith(".down")}):
-        activation.validate(width, "model.ffn.activation")
-    rules = SiteRules.parse(model.inputs, model.weights)
-    for field, texts, parsed in (("inputs", model.inputs, rules.inputs), ("weights", model.weights, rules.weights)):
-        taken: set[str] = set()
-        for index, (glob, ops) in enumerate(parsed):
-            path = f"model.{field}[{index}]"
-            matched = {site for site in shapes if site_matches(glob, site)}
-            check(matched, path, texts[index], f"no linear map has this site.{_nearest_site(glob, shapes)}")
-            check(matched - taken, path, texts[index], "earlier rules have taken all of its sites (the first match wins)")
-            _check_widths(path, ops, {shapes[site][0] for site in matched - taken})
-            taken |= matched
-
-
-def _check_widths(path: str, ops: Sequence[Any], widths: set[int]) -> None:
-    for op in ops:
-        if hasattr(op, "validate"):
-            for features in sorted(widths):
-                op.validate(features, path)
-
-
-def _nearest_site(glob: str, sites: dict[str, Any]) -> str:
-    layerless = dict.fromkeys(".".join("*" if part.isdigit() else part for part in site.split(".")) for site in sites)
-    return plugs.nearest(glob, layerless) or plugs.nearest(glob, sites) or f" Sites are {', '.join(layerless)}."
-
-
 def check_training(config: ExperimentConfig) -> None:
     """Optimizer, schedule, checkpoints and batches."""
     from sparsejax.train import optim
 
     optimizer, steps = config.optimizer, config.steps
-    check_choice("optimizer.schedule", optimizer.schedule, optim.SCHEDULES)
+    check(config.model.head, "model.head", False, "a run trains the outputs of a head")
     optim.optimizer(optimizer, steps, Structure(None, (), ()))  # knows its arguments; builds closures, computes nothing
     check(config.batch_size % config.accumulate == 0, "batch_size", config.batch_size,
           f"must be a multiple of accumulate = {config.accumulate}")

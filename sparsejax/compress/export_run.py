@@ -34,7 +34,7 @@ def export_run(run: Path | str, out: Path | str) -> dict[str, Any]:
     """
     run = Path(run)
     saved = run / "config.json"
-    check(saved.is_file(), "--run", str(run), "is not a run folder: it holds no config.json")
+    check(saved.is_file(), "--model", str(run), "is not a run folder: it holds no config.json")
     out = model_folder.claim(out, "--out")
     config = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
     data = build_data(config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=config.seed)
@@ -45,14 +45,14 @@ def export_run(run: Path | str, out: Path | str) -> dict[str, Any]:
     trainer = Trainer(prepare(config, data.batch_spec()), data, run)
     step = trainer.restore(trainer.choose("auto"))
     trainer.checkpoints.close()
-    check(step > 0, "--run", str(run), "holds no checkpoint")
+    check(step > 0, "--model", str(run), "holds no checkpoint")
     trained = trainer.evaluated_parameters()
     exported = export(trainer.setup.structure, trained, config.model.dtype)
     print(report(exported))
     before, after = (_held_out(trainer, values) for values in (trained, exported.values))
     print(f"held-out loss {before.loss:.6f} as trained, {after.loss:.6f} as exported")
     same = before.loss == after.loss
-    check(same, "--run", str(run), f"the export gives a held-out loss of {after.loss!r}, the trained model {before.loss!r}")
+    check(same, "--model", str(run), f"the export gives a held-out loss of {after.loss!r}, the trained model {before.loss!r}")
     source = {"family": "sparsejax", "run": config.name, "step": step}
     model = Model(str(out), config.model, trainer.setup.structure, exported.values, data.tokenizer, None, source)
     model_folder.save(model, out)

@@ -26,7 +26,7 @@ class Family:
       prefix: of the base model inside `architecture`; checkpoints of the base model alone leave it out.
       renamed: (prefix in some files, prefix here) of checkpoints that name the same tensors otherwise; the first that fits counts.
       ignored: globs (`*` any characters) of published tensors that hold no weights: buffers, heads that are not used.
-      tied: (our name, their name) of tensors that a tied checkpoint may repeat; they must then be equal.
+      tied: (our name, their name) of tensors that a checkpoint may hold once more under their name; they must then be equal.
     """
 
     name: str

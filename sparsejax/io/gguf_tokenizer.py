@@ -187,7 +187,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Any, bool]:
 def _pair(vocabulary: _Vocabulary, index: int, merge: str) -> tuple[str, str]:
     """The two tokens of a merge, which with their union must be in the vocabulary."""
     left, _, right = merge.partition(" ")
-    if not (left in vocabulary.numbers and right in vocabulary.numbers and left + right in vocabulary.numbers):
+    if not (left and right and all(token in vocabulary.numbers for token in (left, right, left + right))):
         raise vocabulary.error(f"merges[{index}]", f"= {merge!r}: both parts and their union must be tokens")
     return left, right
 

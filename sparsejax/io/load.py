@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from sparsejax.data import tokenizers
 from sparsejax.data.tokenizers import Tokenizer
-from sparsejax.io import gguf_model, model_folder, onnx_file, onnx_layouts
+from sparsejax.io import gguf_model, model_folder, onnx_file, onnx_layouts, sparsity_config
 from sparsejax.io.family import family_of
 from sparsejax.io.gguf import open_gguf
 from sparsejax.io.gguf_tokenizer import tokenizer_from_gguf
@@ -47,6 +47,8 @@ def _published(
     """The fields of a Model that a published config and its tensors decide."""
     family = family_of(published, str(located.path))
     config = dataclasses.replace(family.to_config(published), dtype=dtype)
+    if located.kind == "hf":
+        config = sparsity_config.applied(config, located.path)
     structure, values = load_values(config, family, source, dtype=dtype, mesh=mesh)
     source_fields = {"family": family.name, "path": str(located.path), "config": dict(published), **about}
     return dict(name=located.name, config=config, structure=structure, values=values, source=source_fields)
@@ -69,6 +71,7 @@ def _load_gguf(located: Located, dtype: str, mesh: Mesh | None) -> Model:
     tokenizer = tokenizers.published(found.tokenizer, eos=found.eos_id, bos=found.bos_id, pad=found.pad_id)
     about = {
         "format": "gguf",
+        "title": str(gguf.metadata.get("general.name", located.name)),
         "generation": {"eos_token_id": list(found.stop_ids)},
         "special_tokens": {role.removesuffix("_token"): text for role, text in found.special_tokens.items()},
     }

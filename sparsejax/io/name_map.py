@@ -62,6 +62,20 @@ class Reshaped:
 
 
 @dataclass(frozen=True)
+class Patches:
+    """The kernel of a convolution over patches: theirs [D, C, P, P], ours [P * P * C, D], a patch row by row, channels last."""
+
+    size: int
+    channels: int
+
+    def load(self, theirs: Arrays) -> list[np.ndarray]:
+        return [array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0]) for array in theirs]
+
+    def save(self, ours: Arrays) -> list[np.ndarray]:
+        return [array.reshape(self.size, self.size, self.channels, -1).transpose(3, 2, 0, 1) for array in ours]
+
+
+@dataclass(frozen=True)
 class Stacked:
     """One tensor per expert on their side, one with a leading expert axis on ours."""
 

@@ -48,13 +48,12 @@ def load_values(
     slots = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
     entries = expand(family.entries(config), config, set(slots), family.experts(config))
     names = Names(family, source)
-    check_names(names, entries, tied=config.tied_embeddings)
+    check_names(names, entries)
     check_shapes(names, entries, slots, shapes)
     filler = _Filler(structure, shapes, dtype, mesh)
     for group in _groups(entries, slots, shapes):
         filler.fill(group, slots, names)
-    if config.tied_embeddings:
-        _check_tied(family, names, entries)
+    _check_tied(family, names, entries)
     return structure, filler.values
 
 
@@ -98,12 +97,12 @@ class Names:
             raise ConfigError(f"{self.source.path}: {problem}: {', '.join(list(names)[:_LISTED])}{more}")
 
 
-def check_names(names: Names, entries: Sequence[Entry], *, tied: bool) -> None:
+def check_names(names: Names, entries: Sequence[Entry]) -> None:
     """Every tensor that the model needs is there, and nothing else."""
     needed = [name for one in entries for name in one.theirs if not one.optional]
     names.fail("tensors that the model needs are missing", [name for name in needed if name not in names])
     known = {name for one in entries for name in one.theirs}
-    known |= {name for _, name in names.family.tied} if tied else set()
+    known |= {theirs for ours, theirs in names.family.tied if any(ours in one.ours for one in entries)}
     names.fail(f"tensors that no part of a {names.family.name} model reads", sorted(names.without(known)))
 
 
@@ -228,9 +227,10 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tu
 
 def _check_tied(family: Family, names: Names, entries: Sequence[Entry]) -> None:
     stored = {ours: one.theirs[0] for one in entries for ours in one.ours}
+    own = {theirs for one in entries for theirs in one.theirs}
     differing = [
         f"{head} and {stored[ours]}"
         for ours, head in family.tied
-        if head in names and head != stored[ours] and not np.array_equal(names.read(head), names.read(stored[ours]))
+        if head in names and head not in own and ours in stored and not np.array_equal(names.read(head), names.read(stored[ours]))
     ]
     names.fail("the config ties these tensors, but they differ", differing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -54,21 +55,10 @@ def plan_tensors(config: ModelConfig, family: Family, structure: Structure, valu
     planned = []
     for one in entries:
         saved = one.layout.save([_hollow(slots[name], values) for name in one.ours])
-        for index, (name, array) in enumerate(zip(one.theirs, saved, strict=True)):
-            planned.append(PlannedTensor(name, array.shape, array.dtype, _Produced(one, index, slots, values)))
+        for position, (name, array) in enumerate(zip(one.theirs, saved, strict=True)):
+            produce = functools.partial(_tensor, one, position, slots, values)
+            planned.append(PlannedTensor(name, array.shape, array.dtype, produce))
     return planned
-
-
-class _Produced(NamedTuple):
-    """One tensor of an entry, made when it is asked for."""
-
-    entry: Entry
-    position: int
-    slots: dict[str, Slot]
-    values: dict[str, Any]
-
-    def __call__(self) -> np.ndarray:
-        return _tensors(self.entry, self.slots, self.values)[self.position]
 
 
 def _mapped(
@@ -84,6 +74,10 @@ def _mapped(
 
 def _tensors(one: Entry, slots: dict[str, Slot], values: dict[str, Any]) -> list[np.ndarray]:
     return one.layout.save([_parameter(slots[name], values) for name in one.ours])
+
+
+def _tensor(one: Entry, position: int, slots: dict[str, Slot], values: dict[str, Any]) -> np.ndarray:
+    return _tensors(one, slots, values)[position]
 
 
 def _parameter(slot: Slot, values: dict[str, Any]) -> np.ndarray:

@@ -44,7 +44,7 @@ def logits(model):
 
 def test_a_run_is_packed_and_loses_no_bit_of_its_loss(trained, tmp_path):
     out = tmp_path / "packed"
-    result = run(export.main, export.Flags, f"--run={trained}", f"--out={out}", config=False)
+    result = run(export.main, export.Flags, f"--model={trained}", f"--out={out}", config=False)
     assert result["loss_trained"] == result["loss_exported"] and json.dumps(result)
     assert {row["bits"] for row in result["kernels"]} == {4, 8}
     assert result["bytes_after"] < 0.5 * result["bytes_before"]
@@ -59,9 +59,9 @@ def test_an_export_that_cannot_be_is_refused(trained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for argv, message in (
-        ([f"--run={tmp_path / 'nothing'}", f"--out={tmp_path / 'a'}"], "no config.json"),
-        ([f"--run={trained}", f"--out={tmp_path / 'full'}"], "is not empty"),
-        ([f"--run={trained}"], "--out"),
+        ([f"--model={tmp_path / 'nothing'}", f"--out={tmp_path / 'a'}"], "no config.json"),
+        ([f"--model={trained}", f"--out={tmp_path / 'full'}"], "is not empty"),
+        ([f"--model={trained}"], "--out"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(export.main, export.Flags, *argv, config=False)

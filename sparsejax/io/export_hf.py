@@ -1,0 +1,179 @@
+"""A model as a Hugging Face folder: safetensors, configs, tokenizer and model card, under the names of a published family.
+
+Importing it again gives the same parameters bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsejax import plugs
+from sparsejax.data.tokenizers import ByteCodec, LibraryCodec, Tokenizer
+from sparsejax.io import sparsity_config
+from sparsejax.io.family import Family
+from sparsejax.io.model import Model
+from sparsejax.io.model_folder import claim
+from sparsejax.io.safetensors_file import write_safetensors
+from sparsejax.io.weights_out import plan_tensors
+from sparsejax.models.config import ModelConfig
+from sparsejax.models.sizes import parameter_counts
+from sparsejax.plugs import ConfigError
+
+PACKAGES = ("jax", "flax", "safetensors", "tokenizers")
+
+
+class Exported(NamedTuple):
+    """What was written: family, files by name, bytes of the weights, and notes on what the format cannot say."""
+
+    family: str
+    files: list[str]
+    weight_bytes: int
+    notes: list[str]
+
+
+def write_hf(model: Model, folder: Path | str, *, command: str = "", results: Sequence[tuple[str, str]] = ()) -> Exported:
+    """Write a model into a new or empty folder.
+
+    Args:
+      model: with plain (not packed) parameters, in whose dtypes it is stored.
+      folder: the target.
+      command: the command line, for the model card.
+      results: (what, value) rows of the card's table.
+    Raises:
+      ConfigError: no published family can express the config (says which field for each that comes near), packed weights, or a
+        folder that is in use.
+    """
+    family, published = family_for(model)
+    published = {"architectures": [family.architecture], **published, "dtype": model.config.dtype}
+    plan = plan_tensors(model.config, family, model.structure, model.values)
+    documents: dict[str, Any] = {"config.json": published, **_tokenizer_documents(model)}
+    extra = sparsity_config.written(model.config)
+    notes: list[str] = []
+    if extra is not None:
+        documents[sparsity_config.NAME] = extra
+        notes.append(
+            f"config.json has no words for the rules of model.inputs and model.weights: they are in {sparsity_config.NAME}, "
+            "and readers that do not know it compute the dense model"
+        )
+    folder = claim(folder, "--out")
+    written = write_safetensors(folder, plan)
+    texts = {name: _text(document) for name, document in documents.items()}
+    texts["README.md"] = model_card(model, family, command, results, notes)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return Exported(family.name, sorted(p.name for p in folder.iterdir()), written.size, notes)
+
+
+def family_for(model: Model) -> tuple[Family, dict[str, Any]]:
+    """The family to write a model as, with its `config.json`: the one it came from, else the first that can express it."""
+    families = {family.name: family for family in (plugs.resolve("family", name) for name in plugs.names("family"))}
+    own = model.source.get("family")
+    if own in families:
+        return families[own], families[own].to_published(model.config)
+    reasons = []
+    for family in families.values():
+        try:
+            return family, family.to_published(model.config)
+        except ConfigError as error:
+            reasons.append(str(error))
+    nearest = sorted(reasons, key=len)[:3]
+    raise ConfigError(f"--format hf: no published family can express {model.name}. The nearest: " + "; ".join(nearest))
+
+
+def _tokenizer_documents(model: Model) -> dict[str, Any]:
+    """tokenizer.json, its config, the chat template, and the ids that end a text."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return {}
+    texts = special_texts(tokenizer, model.source.get("special_tokens") or {})
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.max_length,
+        "clean_up_tokenization_spaces": False,
+        **{f"{role}_token": text for role, text in texts.items()},
+    }
+    generation = model.source.get("generation") or {"eos_token_id": tokenizer.eos_id}
+    generation = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, **generation}
+    found: dict[str, Any] = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": config}
+    if model.config.kind in ("decoder", "encoder_decoder"):
+        found["generation_config.json"] = generation
+    if model.chat_template:
+        found["chat_template.jinja"] = model.chat_template
+    return found
+
+
+def special_texts(tokenizer: Tokenizer, known: dict[str, str]) -> dict[str, str]:
+    """Role -> text of the special tokens, as `tokenizer_config.json` names them."""
+    if known or not isinstance(tokenizer.codec, LibraryCodec):
+        return known or {role: f"<{role}>" for role in ("pad", "bos", "eos", "mask")}
+    by_id = {number: text for text, number in tokenizer.codec.vocabulary.items()}
+    ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "mask": tokenizer.mask_id}
+    return {role: by_id.get(number, f"<{role}>") for role, number in ids.items() if number is not None}
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The text of a `tokenizer.json` that gives the same ids; specials that the vocabulary lacks are added to it."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+    if isinstance(tokenizer.codec, ByteCodec):
+        library = LibraryTokenizer(models.BPE(vocab={text: byte for byte, text in _byte_letters().items()}, merges=[]))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        library.decoder = decoders.ByteLevel()
+    else:
+        library = LibraryTokenizer.from_str(tokenizer.codec.serialized)  # type: ignore[attr-defined]
+    ids = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "mask": tokenizer.mask_id}
+    added = {number: f"<{role}>" for role, number in ids.items() if number is not None}
+    for number in sorted(added):  # the library numbers what is added in order
+        if number == library.get_vocab_size():
+            library.add_special_tokens([AddedToken(added[number], special=True)])
+    return library.to_str(pretty=False)
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter that the library's byte-level alphabet has for each byte (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in plain}
+    others = (byte for byte in range(256) if byte not in letters)
+    return letters | {byte: chr(256 + place) for place, byte in enumerate(others)}
+
+
+def _text(document: Any) -> str:
+    return document if isinstance(document, str) else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def model_card(
+    model: Model, family: Family, command: str, results: Sequence[tuple[str, str]], notes: Sequence[str]
+) -> str:
+    """README.md of the folder: where the model comes from, what was done to it, what was measured, and how it was written."""
+    source, config = model.source, model.config
+    parameters = parameter_counts(config)["total"]
+    base = source.get("run") and f"trained by sparsejax, run `{source['run']}` at step {source.get('step')}"
+    recipe = [*(f"inputs: {rule}" for rule in config.inputs), *(f"weights: {rule}" for rule in config.weights)]
+    rows = [f"| {name} | {value} |" for name, value in results]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    parts = [
+        "---\nlibrary_name: transformers\ntags: [sparsejax]\n---",
+        f"# {model.name}",
+        f"{family.architecture}, {parameters:,} parameters, {config.dtype}.",
+        f"**Base model:** {base or f'{source.get('title', model.name)}, read from {source.get('format', 'a model folder')}'}",
+        "**Recipe:** " + ("; ".join(f"`{rule}`" for rule in recipe) or "none: the weights are as they were read"),
+        f"**Calibration:** {source.get('calibration', 'none')}",
+        *notes,
+        *(["| measured | value |\n|---|---|\n" + "\n".join(rows)] if rows else []),
+        f"Written with {versions}" + (f":\n\n    {command}" if command else "."),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe(config: ModelConfig, exported: Exported, folder: Path | str) -> list[str]:
+    """Lines for people."""
+    return [
+        f"{folder}: a {exported.family} model, {exported.weight_bytes:,} bytes of weights in {config.dtype}",
+        f"  {', '.join(exported.files)}",
+        *(f"note: {note}" for note in exported.notes),
+    ]

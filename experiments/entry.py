@@ -120,6 +120,7 @@ def parse(
     absl_flags.DEFINE_boolean("help", False, "print this", short_name="h", flag_values=values)
     for field in dataclasses.fields(flags):
         _define(field, typing.get_type_hints(flags)[field.name], values)
+    argv = [argv[0], *(_underscored(argument, values) for argument in argv[1:])]
     base = load_config(spec) if spec else None
     _check_overrides(argv, base, values)
     holder = base or ExperimentConfig()
@@ -258,6 +259,13 @@ def _define(field: dataclasses.Field[Any], hint: Any, values: absl_flags.FlagVal
     }
     default = list(field.default) if isinstance(field.default, tuple) else field.default
     define[hint](field.name, default, field.metadata.get("help", ""), flag_values=values)
+
+
+def _underscored(argument: str, values: absl_flags.FlagValues) -> str:
+    """`--data-dir` is `--data_dir`."""
+    match = re.match(r"(--?)([\w-]+)(.*)", argument, re.DOTALL)
+    name = match[2].replace("-", "_") if match else ""
+    return f"{match[1]}{name}{match[3]}" if match and name in values else argument
 
 
 def _command(argv: Sequence[str]) -> str:

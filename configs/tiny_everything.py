@@ -5,6 +5,7 @@
 Hardware: 2 CPU cores, under 6 minutes; any mesh, e.g. --config.mesh.fsdp=2 --config.mesh.expert=2 on 4 devices or more.
 Size: 1.1 M parameters, 0.8 M active.
 Expected: trains, shards and resumes to the same bits.
+Measured: 1.5126 +- .0186 nats (2.182 bits per byte), 76.1 % zeros, against tiny_relu2's 1.5194 and 68.7 %, one seed.
 """
 
 from configs import moe_tiny

@@ -3,7 +3,8 @@
     python -m experiments.train --config configs/tiny_mlm.py
 
 Hardware: 2 CPU cores, under 5 minutes. Size: 0.8 M parameters.
-Measured: 2.7630 +- .0221 nats at the masked bytes of 512 held-out rows, accuracy .346, one seed; the loss still falls.
+Expected: the loss falls well below that of guessing by frequency, and still falls at the end.
+Measured: 2.7630 +- .0221 nats at the masked bytes of 512 held-out rows, accuracy .346, one seed.
 """
 
 from sparsejax.config import ExperimentConfig

@@ -47,6 +47,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.block": ("pre", "post", "parallel", "sandwich"),
     "model.pool": ("mean", "class"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.residual_dtype": ("", "float32", "bfloat16"),
     "model.norm.kind": ("rms", "layer", "none"),
     "model.attention.qk_norm_over": ("head", "projection"),
     "model.attention.backend": ("auto", "blocked", "xla", "cudnn"),

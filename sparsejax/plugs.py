@@ -35,6 +35,7 @@ _HOMES: dict[str, str] = {
     "tokenizer": "sparsejax.data.tokenizers",
     "task": "sparsejax.data",
     "family": "sparsejax.models.families",
+    "cache": "sparsejax.layers.cache",
 }
 
 

@@ -24,7 +24,8 @@ class Family:
       entries: config -> templates of the name map (see `name_map.expand`), with the names of `architecture`.
       experts: number of experts, for names with `{expert}`.
       prefix: of the base model inside `architecture`; checkpoints of the base model alone leave it out.
-      renamed: (prefix in some files, prefix here) of checkpoints that name the same tensors otherwise; the first that fits counts.
+      renamed: (prefix in some files, prefix here) of checkpoints that name the same tensors otherwise; suffixes where they
+        begin with a dot. The first that fits counts.
       ignored: globs (`*` any characters) of published tensors that hold no weights: buffers, heads that are not used.
       tied: (our name, their name) of tensors that a checkpoint may hold once more under their name; they must then be equal.
     """

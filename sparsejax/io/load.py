@@ -18,6 +18,7 @@ from sparsejax.io.hf_folder import HfFiles, read_hf
 from sparsejax.io.hub import Located, resolve
 from sparsejax.io.model import Model
 from sparsejax.io.safetensors_file import open_safetensors
+from sparsejax.io.sentence_embedding import read_sentence_embedding
 from sparsejax.io.tensors import TensorSource
 from sparsejax.io.weights import load_values
 from sparsejax.plugs import ConfigError, check_choice
@@ -46,7 +47,7 @@ def _published(
 ) -> dict[str, Any]:
     """The fields of a Model that a published config and its tensors decide."""
     family = family_of(published, str(located.path))
-    config = dataclasses.replace(family.to_config(published), dtype=dtype)
+    config = dataclasses.replace(family.to_config(published), dtype=dtype, residual_dtype="float32")
     if located.kind == "hf":
         config = sparsity_config.applied(config, located.path)
     structure, values = load_values(config, family, source, dtype=dtype, mesh=mesh)
@@ -56,7 +57,10 @@ def _published(
 
 def _load_hf(located: Located, dtype: str, mesh: Mesh | None) -> Model:
     files = read_hf(located.path)
-    about = {"format": "hf", "generation": files.generation, "special_tokens": files.special_tokens}
+    about: dict[str, Any] = {"format": "hf", "generation": files.generation, "special_tokens": files.special_tokens}
+    sentence = read_sentence_embedding(located.path)
+    if sentence:
+        about["sentence_embedding"] = sentence
     tokenizer = _hf_tokenizer(files)
     loaded = _published(located, files.config, open_safetensors(located.path), about, dtype, mesh)
     return Model(**loaded, tokenizer=tokenizer, chat_template=files.chat_template)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sparsejax.io.files import refuse_unless
-from sparsejax.plugs import ConfigError, check_choice
+from sparsejax.io.files import MAX_TEXT, refuse_unless
+from sparsejax.plugs import ConfigError, check, check_choice
 
 MODULES = "modules.json"
 _STAGES = ("Transformer", "Pooling", "Normalize")
@@ -67,7 +68,7 @@ def _parsed(path: Path, name: str) -> Any:
     try:
         text = _archived(path, name) if path.is_file() else (path / name).read_bytes() if (path / name).is_file() else None
         return None if text is None else json.loads(text)
-    except (OSError, ValueError, zipfile.BadZipFile, RecursionError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:  # a password, deep nesting
         raise ConfigError(f"{path}: {name}: not readable as JSON ({error})") from error
 
 
@@ -75,5 +76,9 @@ def _archived(path: Path, name: str) -> bytes | None:
     """The archive's shallowest member whose path ends in `name`, as archives may hold the model in a folder."""
     with zipfile.ZipFile(path) as archive:
         parts = PurePosixPath(name).parts
-        found = [one for one in archive.namelist() if PurePosixPath(one).parts[-len(parts) :] == parts]
-        return archive.read(min(found, key=lambda one: one.count("/"))) if found else None
+        found = [one for one in archive.infolist() if PurePosixPath(one.filename).parts[-len(parts) :] == parts]
+        if not found:
+            return None
+        nearest = min(found, key=lambda one: one.filename.count("/"))
+        check(nearest.file_size <= MAX_TEXT, f"{path}: {name}", f"{nearest.file_size} bytes", f"expected at most {MAX_TEXT}")
+        return archive.read(nearest)

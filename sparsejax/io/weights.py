@@ -71,7 +71,10 @@ class Names:
 
     def _renamed(self, name: str) -> str:
         for theirs, ours in self.family.renamed:
-            if name.startswith(theirs):
+            if theirs.startswith("."):
+                if name.endswith(theirs):
+                    return f"{name.removesuffix(theirs)}{ours}"
+            elif name.startswith(theirs):
                 return f"{ours}{name.removeprefix(theirs)}"
         return name
 
@@ -231,6 +234,7 @@ def _check_tied(family: Family, names: Names, entries: Sequence[Entry]) -> None:
     differing = [
         f"{head} and {stored[ours]}"
         for ours, head in family.tied
-        if head in names and head not in own and ours in stored and not np.array_equal(names.read(head), names.read(stored[ours]))
+        if head in names and head not in own and ours in stored
+        if not np.array_equal(names.read(head), names.read(stored[ours]))
     ]
     names.fail("the config ties these tensors, but they differ", differing)

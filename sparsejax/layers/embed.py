@@ -8,13 +8,14 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax.arrays import matmul
 from sparsejax.layers.linear import Init, Linear
+from sparsejax.layers.norm import Norm
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module, weight
 from sparsejax.ops.position_bias import interpolate_positions, sinusoidal_positions
 
 
 class Embedding(Module):
-    """Tokens to vectors: a table, then (by config) sqrt(D) scaling, learned or sinusoidal positions and token types."""
+    """Tokens to vectors: a table, then (by config) sqrt(D) scaling, learned or sinusoidal positions, token types and a norm."""
 
     def __init__(self, config: ModelConfig, *, key: Array):
         width, init = config.d_model, Init.parse(config.init)
@@ -30,6 +31,7 @@ class Embedding(Module):
         learned = config.positions.kind == "learned"
         self.positions = table(keys[1], config.max_length + self.offset, "position") if learned else None
         self.types = table(keys[2], config.token_types, "position") if config.token_types else None
+        self.norm = Norm(width, config.norm) if config.embedding_norm else None
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], types: Array | None = None) -> Array:
         table = self.table.get_value()
@@ -44,7 +46,7 @@ class Embedding(Module):
         if self.types is not None:
             rows = self.types.get_value()
             x = x + (rows[0].reshape(1, 1, -1) if types is None else rows[types])
-        return x
+        return x if self.norm is None else self.norm(x)
 
     def attend(self, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of a tied head, float32."""

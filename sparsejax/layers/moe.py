@@ -35,8 +35,9 @@ ROUTER_STD = 0.02
 class MoE(Module):
     """y = sum_j w_j FFN_{e_j}(x) (+ the shared experts' FFN): sites `SITE.experts.{up,gate,down}`, `SITE.shared.*`.
 
-    The router (`SITE.router`) takes no activation or weight ops and stays in float32. While training with a capacity, each
-    row of the batch is its own routing group and overflowing assignments are dropped; everything else is dropless.
+    With `shared_gate` the shared experts' sum is multiplied by sigmoid(x w), w [D, 1] (Qwen2-MoE).
+    The router (`SITE.router`) and that gate take no activation or weight ops and stay in float32. While training with a
+    capacity, each row of the batch is its own routing group and overflowing assignments are dropped; all else is dropless.
     Statistics at `mlp.router`: balance and z (see ops.routers), load [E], dropped (assignments), tokens.
     """
 
@@ -51,6 +52,7 @@ class MoE(Module):
         k: int,
         hidden: int,
         shared: int = 0,
+        shared_gate: bool = False,
         capacity_factor: float = 0.0,
         combine: str = "renorm",
         granularity: str = "batch",
@@ -59,9 +61,10 @@ class MoE(Module):
         self.num_experts, self.k, self.combine = experts, k, combine
         self.capacity_factor, self.granularity = capacity_factor, granularity
         init = Init(ROUTER_STD)
-        self.router = Linear(
-            config.d_model, experts, key=keys[0], site=f"{site}.router", axes=("embed", None), init=init, role="router"
-        )
+        scores: dict[str, Any] = dict(axes=("embed", None), init=init, role="router")
+        self.router = Linear(config.d_model, experts, key=keys[0], site=f"{site}.router", **scores)
+        gate = dict(key=jax.random.fold_in(keys[0], 1), site=f"{site}.shared_gate", **scores)
+        self.shared_gate = Linear(config.d_model, 1, **gate) if shared_gate else None
         self.experts = FFN(config, key=keys[1], site=f"{site}.experts", rules=rules, experts=experts, hidden=hidden)
         self.shared = FFN(config, key=keys[2], site=f"{site}.shared", rules=rules, hidden=shared * hidden) if shared else None
 
@@ -70,13 +73,14 @@ class MoE(Module):
         # On GPU and TPU the default precision of a float32 product is less than float32.
         with jax.default_matmul_precision("float32"):
             logits = self.router(x.astype(jnp.float32), ctx)
+            openness = None if self.shared_gate is None else self.shared_gate(x.astype(jnp.float32), ctx)
         routing = softmax_top_k(logits, self.k, self.combine)
         limited = self.capacity_factor > 0 and ctx.mode == "train"
         y, stats, dropped = (self._with_capacity if limited else self._dropless)(x, routing, ctx)
-        weighted = jnp.sum(y.astype(jnp.float32) * routing.weights[..., None], axis=-2).astype(x.dtype)
+        weighted = jnp.sum(y.astype(jnp.float32) * routing.weights[..., None], axis=-2).astype(y.dtype)
         if self.shared is not None:
             delta, found = self.shared(x, ctx)
-            weighted = weighted + delta
+            weighted = weighted + (delta if openness is None else jax.nn.sigmoid(openness).astype(delta.dtype) * delta)
             stats = {**stats, **{f"shared.{site}": value for site, value in found.items()}}
         return weighted, {**stats, "mlp.router": self._router_stats(logits, routing, dropped, ctx)}
 

@@ -27,6 +27,7 @@ class AttentionConfig:
     bias: bool = False  # of q, k, v
     out_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over: str = "head"  # head | projection (OLMoE: one norm over all heads together)
     scale: float = 0.0  # of the logits; 0: head_dim ** -0.5
     softcap: float = 0.0  # 0: off
     window: int = 0  # keys seen by a "local" layer, itself included
@@ -73,7 +74,11 @@ class ModelConfig:
     tied_embeddings: bool = True
     embedding_scale: bool = False  # multiply embeddings by sqrt(d_model)
     token_types: int = 0
+    embedding_norm: bool = False  # BERT: the sum of the embeddings is normalised
     layer_scale: float = 0.0  # initial value; 0: off
+    head: bool = True  # False: the model ends with its hidden states (embedding models)
+    head_transform: bool = False  # BERT: a D x D map, ffn.activation and a norm before the head
+    head_scale: float = 1.0  # multiplies what the head reads (T5 with a tied head: d_model ** -0.5)
     head_softcap: float = 0.0  # of the output logits; 0: off
     head_bias: bool = False
     pool: str = "mean"  # classification: class (first token) | mean
@@ -81,6 +86,7 @@ class ModelConfig:
     weights: tuple[str, ...] = ()  # rules "SITE_GLOB=OP|OP": weight ops of linear maps
     init: str = "fan_in"  # fan_in | normal:STD
     dtype: str = "float32"  # compute dtype: float32 | bfloat16; master weights stay float32
+    residual_dtype: str = ""  # of what blocks add and of the FFN's entering maps; "": dtype. float32 halves bfloat16's error
     scan: bool = True
     unroll: int = 0  # layers per scan step; 0: up to six on CPU, 1 elsewhere
     remat: str = "none"  # none | full | dots | a name of sparsejax.layers.stack.REMAT_POLICIES

@@ -68,7 +68,7 @@ def is_gated(config: ModelConfig) -> bool:
 
 def has_head(config: ModelConfig) -> bool:
     """Whether the output head is a linear map of its own; also where the number of its outputs is not known yet."""
-    return config.kind == "vit" or config.num_classes > 0 or not config.tied_embeddings
+    return config.head and (config.kind == "vit" or config.num_classes > 0 or not config.tied_embeddings)
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -81,6 +81,8 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
                 shapes.update(_attention_shapes(config, f"{stack}.{layer}.{part}"))
             feed = feeds[layer % len(feeds)]
             shapes.update({f"{stack}.{layer}.{site}": shape for site, shape in feed.sites.items()})
+    if config.head_transform:
+        shapes["head_transform.project"] = (config.d_model, config.d_model)
     if has_head(config):
         shapes["head"] = (config.d_model, config.num_classes or config.vocab_size)
     return shapes
@@ -98,6 +100,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         counts["feed"] += sum(feeds[layer % len(feeds)].parameters for layer in range(layers))
         counts["norm"] += (layers * _block_norms(config, crossed) + (config.block != "post")) * _norm_count(config)
         counts["norm"] += layers * 2 * config.d_model * (config.layer_scale > 0)
+    counts["norm"] += (config.embedding_norm + config.head_transform) * _norm_count(config)
     counts["total"] = sum(counts.values())
     return counts
 
@@ -126,7 +129,8 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
             local = config.attention_pattern[layer % len(config.attention_pattern)] == "local"
             keys += _mean_keys(length, causal, a.window if local else 0) + length * crossed
     outputs = config.num_classes / length if config.num_classes else config.vocab_size  # a classifier pools first
-    return 6 * (active + config.d_model * outputs) + 12 * a.num_heads * a.head_dim * keys
+    heads = config.d_model * (outputs * config.head + config.d_model * config.head_transform)
+    return 6 * (active + heads) + 12 * a.num_heads * a.head_dim * keys
 
 
 def _stacks(config: ModelConfig) -> list[tuple[str, int, bool]]:
@@ -147,7 +151,8 @@ def _attention_count(config: ModelConfig) -> int:
     a = config.attention
     shapes = _attention_shapes(config, "")
     biases = a.bias * sum(shapes[s][1] for s in (".q", ".k", ".v")) + a.out_bias * config.d_model
-    return sum(i * o for i, o in shapes.values()) + biases + 2 * a.head_dim * a.qk_norm
+    normed = 2 * a.head_dim if a.qk_norm_over == "head" else shapes[".q"][1] + shapes[".k"][1]
+    return sum(i * o for i, o in shapes.values()) + biases + normed * a.qk_norm
 
 
 class _Feed(NamedTuple):
@@ -215,6 +220,6 @@ def _embedding_count(config: ModelConfig) -> int:
 
 
 def _head_count(config: ModelConfig) -> int:
-    if not has_head(config):
-        return 0
-    return (config.d_model + config.head_bias) * (config.num_classes or config.vocab_size)
+    rows = config.d_model * has_head(config) + config.head_bias
+    transform = config.d_model * (config.d_model + 1) * config.head_transform
+    return rows * (config.num_classes or config.vocab_size) + transform

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from sparsejax import nnx_compat
 from sparsejax.context import Context
 from sparsejax.layers.embed import Embedding, PatchEmbedding
+from sparsejax.layers.head import HeadTransform, pooled
 from sparsejax.layers.linear import Init, Linear, SiteRules
 from sparsejax.layers.norm import Norm
 from sparsejax.layers.stack import Stack
@@ -23,6 +24,7 @@ from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module, weight
 from sparsejax.ops.position_bias import relative_bias
 from sparsejax.ops.rope import rope_tables
+from sparsejax.plugs import check
 
 Batch = dict[str, Any]
 
@@ -48,9 +50,13 @@ class Transformer(Module):
         self.norm = self._final_norm(config)
         outputs = config.num_classes or config.vocab_size
         head: dict[str, Any] = dict(key=keys[3], site="head", axes=("embed", "vocab"), rules=rules, role="embedding")
-        own_head = config.num_classes or not config.tied_embeddings
+        own_head = config.head and (config.num_classes or not config.tied_embeddings)
         init = Init.parse(config.init)
         self.head = Linear(config.d_model, outputs, init=init, bias=config.head_bias, **head) if own_head else None
+        tied_bias = config.head_bias and not own_head
+        self.head_bias = weight(jnp.zeros((outputs,), jnp.float32), ("vocab",), "bias") if tied_bias else None
+        transform: dict[str, Any] = dict(key=jax.random.fold_in(keys[3], 1), rules=rules)
+        self.head_transform = HeadTransform(config, **transform) if config.head_transform else None
         relative = config.positions.kind == "relative"
         self.relative_bias = self._bias_table(config, keys[4]) if relative else None
         self.encoder_bias = self._bias_table(config, jax.random.fold_in(keys[4], 1)) if relative and paired else None
@@ -76,34 +82,47 @@ class Transformer(Module):
         """(h, stats, cache): what the head reads, [B, T, D] or pooled [B, D]; stats `{site: {name: Stat}}` over layers."""
         with nnx_compat.read_only():
             stats: dict[str, Any] = {}
-            if self.encoder is not None:
-                ctx, stats = self._encode(batch, ctx)
+            if self.encoder is not None and ctx.memory is None:
+                ctx, stats = self.encode(batch, ctx)
             h, ctx = self._enter(batch, ctx, self.blocks_bias())
             h, found, cache = self.blocks(h, ctx, cache)
             prefix = "" if self.encoder is None else "decoder."
             stats = {**stats, **{f"{prefix}{site}": value for site, value in found.items()}}
-            h = h if self.norm is None else self.norm(h)
-            return (self._pool(h, ctx) if self.config.value.num_classes else h), stats, cache
+            h = self._leave(self.norm, h)
+            config = self.config.value
+            return (pooled(h, ctx.token_mask, config.pool) if config.num_classes else h), stats, cache
 
     def logits(self, h: Float[Array, "... D"], ctx: Context = Context()) -> Float[Array, "... V"]:
-        """float32 logits of the head, soft-capped if the config says so."""
+        """float32 logits of the head, soft-capped if the config says so.
+
+        Raises:
+          ConfigError: the model ends with its hidden states, see `features`.
+        """
+        config = self.config.value
+        check(config.head, "model.head", config.head, "this model has no output head; it gives hidden states")
         with nnx_compat.read_only():
+            if self.head_transform is not None:
+                h = self.head_transform(h, ctx)
+            if config.head_scale != 1.0:
+                h = h * jnp.asarray(config.head_scale, h.dtype)
             if self.head is None:
                 logits = self.embed.attend(h)
             else:
                 logits = self.head.product(self.head.encode(h, ctx), ctx, out_dtype=jnp.float32)
-            cap = self.config.value.head_softcap
+            if self.head_bias is not None:
+                logits = logits + self.head_bias.get_value().astype(jnp.float32).reshape((1,) * (h.ndim - 1) + (-1,))
+            cap = config.head_softcap
             return cap * jnp.tanh(logits / cap) if cap else logits
 
-    def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
-        """A zeroed key-value cache for `length` tokens."""
-        return self.blocks.empty_cache(self.config.value, batch, length)
+    def empty_cache(self, batch: int, length: int, format_spec: str = "dense") -> dict[str, Any]:
+        """A key-value cache without a token and with room for `length`, in a format of registry kind "cache"."""
+        return self.blocks.empty_cache(batch, length, jnp.dtype(self.config.value.dtype), format_spec)
 
     def blocks_bias(self) -> Any:
         return None if self.relative_bias is None else self.relative_bias.get_value()
 
-    def _encode(self, batch: Batch, ctx: Context) -> tuple[Context, dict[str, Any]]:
-        """Run the encoder; its output travels on as `ctx.memory`."""
+    def encode(self, batch: Batch, ctx: Context) -> tuple[Context, dict[str, Any]]:
+        """(ctx, stats) of the encoder: its output travels on as `ctx.memory`, and `features` does not encode again."""
         assert self.encoder is not None
         source = {
             "tokens": batch["encoder_tokens"],
@@ -113,9 +132,15 @@ class Transformer(Module):
         bias = None if self.encoder_bias is None else self.encoder_bias.get_value()
         h, inner = self._enter(source, ctx, bias, bidirectional=True)
         h, stats, _ = self.encoder(h, inner)
-        h = h if self.encoder_norm is None else self.encoder_norm(h)
+        h = self._leave(self.encoder_norm, h)
         ctx = ctx._replace(memory=h, memory_segment_ids=source["segment_ids"])
         return ctx, {f"encoder.{site}": value for site, value in stats.items()}
+
+    def _leave(self, norm: Norm | None, h: Array) -> Array:
+        """What is read after a stack: normalised, and no longer in the dtype of the residual stream."""
+        config = self.config.value
+        h = h if norm is None else norm(h)
+        return h.astype(config.dtype) if config.residual_dtype else h
 
     def _enter(self, batch: Batch, ctx: Context, bias: Any, bidirectional: bool | None = None) -> tuple[Array, Context]:
         """Embed the batch and complete the context with what its layers share."""
@@ -130,15 +155,6 @@ class Transformer(Module):
         ctx = ctx._replace(positions=positions, segment_ids=batch.get("segment_ids"), prefix=batch.get("prefix"))
         bidirectional = config.kind == "encoder" if bidirectional is None else bidirectional
         return h, ctx._replace(tables=_shared_tables(config, positions, bias, bidirectional))
-
-    def _pool(self, h: Array, ctx: Context) -> Array:
-        """One vector per example: the first token's, or the mean over tokens that are not padding."""
-        if self.config.value.pool == "class":
-            return h[:, 0]
-        if ctx.token_mask is None:
-            return jnp.mean(h.astype(jnp.float32), axis=1).astype(h.dtype)
-        mask = ctx.token_mask[..., None].astype(jnp.float32)
-        return (jnp.sum(h * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1.0)).astype(h.dtype)
 
 
 class _Static:

@@ -73,6 +73,15 @@ MODELS = {
     "vit, mean": ModelConfig(
         kind="vit", num_classes=7, positions=PositionConfig(kind="none"), vision=VisionConfig(8, 1, 2, class_token=False)
     ),
+    "norm over the projection": ModelConfig(
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True, qk_norm_over="projection")
+    ),
+    "encoder, masked-token head": ModelConfig(
+        kind="encoder", token_types=2, ffn=FFNConfig(activation="gelu"), block="post", norm=NormConfig("layer", bias=True),
+        embedding_norm=True, head_transform=True, head_bias=True,
+    ),
+    "shared expert with a gate": ModelConfig(feed_pattern=("moe:experts=4,k=2,hidden=64,shared=2,shared_gate=true",)),
+    "two activations": ModelConfig(feed_pattern=("ffn:stat_topk_geglu:0.05", "ffn"), ffn=FFNConfig(activation="geglu_tanh")),
     "learned activation": ModelConfig(ffn=FFNConfig(activation="xielu")),
     "halved activation": ModelConfig(ffn=FFNConfig(activation="simple_gate")),
 }

@@ -77,6 +77,11 @@ VARIANTS = {
     "gated": dict(ffn=FFNConfig(hidden=24, activation="swiglu")),
     "untied, scaled embeddings, token types": dict(tied_embeddings=False, embedding_scale=True, token_types=2),
     "layer scale": dict(layer_scale=1e-2),
+    "normed embeddings and projections": dict(
+        embedding_norm=True,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=True, qk_norm_over="projection"),
+    ),
+    "two activations": dict(feed_pattern=("ffn:reglu", "ffn"), ffn=FFNConfig(hidden=24, activation="swiglu")),
 }
 
 

@@ -1,73 +1,112 @@
-"""Sampling from a model that predicts the next token: prefill, then one jitted loop against a cache.
+"""Generation: prompts are prefilled together, then decoded against a cache in chunks that never wait for the host.
 
 The model is any function
 
-    apply(params, tokens int32[B, T], positions int32[B, T], cache) -> (logits [B, T or 1, V], cache)
+    apply(params, batch, cache) -> (logits [B, V] of the last token, cache)
 
-that appends T tokens to the cache; only the logits of the last position are read. All rows of a call stand at the same
-positions: prompts of different lengths are prefilled up to the shortest, and the rest of a longer one is fed token by token
-while the others already sample. So a cache needs one write position, no row ever holds padding, and what holds for keys
-and values holds for ring buffers and recurrent states as well.
+of a batch {"tokens", "positions", "segment_ids"} int32[B, T] that appends T tokens to the cache; `decoder` makes it of a
+Transformer. Prompts stand at the right end of a common length (a bucket, so that few lengths are compiled), with padding of
+segment 0 before the shorter ones: all rows are written at one slot, and the last column is every row's last token.
+
+Decoding is a loop on the device over `chunk` tokens. The next chunk is dispatched before the last one is read, so that the
+host shows text while the device works, and learns one chunk late that nobody wants more.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
+from sparsejax import nnx_compat
+from sparsejax.context import Context
+from sparsejax.evaluate.sampling import Sampling, Steps, sample
+from sparsejax.models.transformer import Transformer
+from sparsejax.nnx_compat import Structure
 from sparsejax.plugs import check
 
-Apply = Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-InitCache = Callable[[int, int], Any]
+Apply = Callable[[Any, dict[str, jax.Array], Any], tuple[jax.Array, Any]]
+EmptyCache = Callable[[int, int], Any]
+
+SMALLEST_BUCKET = 32  # tokens; the cache's slots go in steps of SLOTS
+SLOTS = 256
+CHUNK = 8  # tokens per dispatch
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from its logits: temperature first, then top-k, then top-p of what is left.
+class Decoder(NamedTuple):
+    """A model as generation needs it; the same objects from call to call, since they key the compilation.
 
-    temperature: divides the logits; 0 takes the most likely token (greedy).
-    top_k: exactly this many candidates are kept, ties by token id; 0: all.
-    top_p: the fewest candidates whose probability together reaches top_p (Holtzman et al. 2020, arXiv 1904.09751).
+    apply: see above. empty_cache: (batch, length) -> a cache; called inside jit.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", self.temperature, "must be 0 or more")
-        check(self.top_k >= 0, "top_k", self.top_k, "must be 0 (all) or more")
-        check(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
+    apply: Apply
+    empty_cache: EmptyCache
 
 
-def sample(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, " B"]:
-    """One token per row.
+class Params(NamedTuple):
+    """What a Transformer's `apply` reads: its parameters and, of an encoder-decoder, the encoded prompts."""
 
-    Args:
-      logits: unnormalised, any float type; computed in float32.
-      keys: one random key per row, [B].
-      sampling: how; top_k beyond V keeps all.
-    """
-    logits = logits.astype(jnp.float32)
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k == 0 and sampling.top_p == 1:
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-    vocab_size = logits.shape[-1]
-    ranked, tokens = jax.lax.top_k(logits, min(sampling.top_k or vocab_size, vocab_size))
-    probability = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability  # mass of the likelier candidates: 0 for the first, which stays
-    choice = jax.vmap(jax.random.categorical)(keys, jnp.where(before < sampling.top_p, ranked, -jnp.inf))
-    return jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    values: Any
+    memory: Any = None
+    memory_segment_ids: Any = None
+
+
+def decoder(structure: Structure, cache_format: str = "dense") -> Decoder:
+    """The Transformer of `structure` as a Decoder whose params are `Params`."""
+
+    def apply(params: Params, batch: dict[str, jax.Array], cache: Any) -> tuple[jax.Array, Any]:
+        model: Transformer = nnx_compat.merge(structure, params.values)
+        mode = "prefill" if batch["tokens"].shape[1] > 1 else "decode"
+        ctx = Context(mode=mode, memory=params.memory, memory_segment_ids=params.memory_segment_ids)
+        h, _, cache = model.features(batch, ctx, cache)
+        return model.logits(h[:, -1]), cache
+
+    def empty_cache(batch: int, length: int) -> Any:
+        return nnx_compat.merge(structure, structure.map(lambda weight: weight.get_value())).empty_cache(
+            batch, length, cache_format
+        )
+
+    return Decoder(apply, empty_cache)
+
+
+def encode_prompts(structure: Structure, values: Any, prompts: Sequence[Sequence[int]]) -> Params:
+    """Params of an encoder-decoder with encoded prompts; what is generated are continuations of its decoder's start tokens."""
+    width = bucket(max(len(prompt) for prompt in prompts))
+    tokens, segments = np.zeros((2, len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], segments[row, : len(prompt)] = prompt, 1
+    memory = jax.jit(functools.partial(_encode, structure))(values, tokens, segments)
+    return Params(values, memory, jnp.asarray(segments))
+
+
+def _encode(structure: Structure, values: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    batch = {"encoder_tokens": tokens, "encoder_segment_ids": segments}
+    ctx, _ = nnx_compat.merge(structure, values).encode(batch, Context(mode="prefill"))
+    return ctx.memory
+
+
+def bucket(length: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """The least of `smallest` times 1, 1.5, 2, 3, 4, 6, ... that holds `length`: at most a third of it is padding."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def cache_slots(prompt: int, max_new_tokens: int) -> int:
+    """Slots of a cache for prompts of `prompt` tokens (rounded up to their bucket) and their continuations."""
+    return bucket(bucket(prompt) + max_new_tokens, SLOTS)
+
+
+class Chunk(NamedTuple):
+    """New tokens int32[B, n] of each row, and how many of them count, int[B]; after its end token a row has none."""
+
+    tokens: np.ndarray
+    counts: np.ndarray
 
 
 class Generated(NamedTuple):
@@ -77,81 +116,84 @@ class Generated(NamedTuple):
     lengths: np.ndarray  # int32 [B]
 
 
-class _Loop(NamedTuple):
-    column: jax.Array  # the next column to be filled
-    tokens: jax.Array  # [B, S]
-    ends: jax.Array  # [B], length of each row so far
-    done: jax.Array  # [B]
+class _State(NamedTuple):
+    """Between chunks: the newest token of each row [B], new tokens drawn so far, rows that ended [B], the cache."""
+
+    token: jax.Array
+    drawn: jax.Array
+    done: jax.Array
     cache: Any
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "init_cache", "prefill", "max_new_tokens", "end", "sampling"))
-def _generate(
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    seeds: jax.Array,
-    *,
-    apply: Apply,
-    init_cache: InitCache,
-    prefill: int,
-    max_new_tokens: int,
-    end: int,
-    sampling: Sampling,
-) -> tuple[jax.Array, jax.Array]:
-    batch, width = tokens.shape
-    row_keys = jax.vmap(jax.random.key)(seeds)
+class _Loop(NamedTuple):
+    column: jax.Array
+    tokens: jax.Array  # [B, chunk]
+    ends: jax.Array  # [B], columns of each row that count
+    state: _State
 
-    def fill(loop: _Loop, logits: jax.Array) -> _Loop:
-        """Write column t: the prompt's token while the row's prompt lasts, else one sampled from the logits."""
-        t = loop.column
-        # A row's n-th new token depends on its own seed and n alone, not on the company it is sampled in.
-        keys = jax.vmap(jax.random.fold_in)(row_keys, jnp.maximum(t - lengths, 0))
-        given = jax.lax.dynamic_index_in_dim(loop.tokens, t, axis=1, keepdims=False)
-        new = (t >= lengths) & ~loop.done
-        token = jnp.where(t < lengths, given, jnp.where(new, sample(logits, keys, sampling), 0))
-        ends = jnp.where(new, t + 1, loop.ends)
-        done = loop.done | (new & ((token == end) | (ends >= lengths + max_new_tokens)))
-        filled = jax.lax.dynamic_update_index_in_dim(loop.tokens, token, t, axis=1)
-        return _Loop(t + 1, filled, ends, done, loop.cache)
+
+def _draw(state: _State, logits: jax.Array, rules: dict[str, Any], steps: Steps) -> _State:
+    """The next token of every row; a row's n-th depends on its own seed and n alone, not on the company it is sampled in."""
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), state.drawn))(rules["seeds"])
+    token = jnp.where(state.done, 0, sample(logits, keys, steps, rules["numbers"]))
+    ended = jnp.any(token[:, None] == rules["ends"][None], axis=-1)
+    drawn = state.drawn + 1
+    return state._replace(token=token, drawn=drawn, done=state.done | ended | (drawn >= rules["most"]))
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "slots", "steps"))
+def _prefill(
+    params: Any, tokens: jax.Array, lengths: jax.Array, rules: dict[str, Any], *, decoder: Decoder, slots: int, steps: Steps
+) -> _State:
+    rows, width = tokens.shape
+    index = jnp.arange(width)[None] - (width - lengths)[:, None]
+    batch = {
+        "tokens": tokens,
+        "positions": jnp.maximum(index, 0).astype(jnp.int32),
+        "segment_ids": (index >= 0).astype(jnp.int32),
+    }
+    logits, cache = decoder.apply(params, batch, decoder.empty_cache(rows, slots))
+    start = _State(jnp.zeros(rows, jnp.int32), jnp.int32(0), jnp.zeros(rows, bool), cache)
+    return _draw(start, logits, rules, steps)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "chunk", "steps"), donate_argnums=1)
+def _decode(
+    params: Any, state: _State, lengths: jax.Array, rules: dict[str, Any], *, decoder: Decoder, chunk: int, steps: Steps
+) -> tuple[_State, jax.Array, jax.Array, jax.Array]:
+    """(state, new tokens [B, chunk], how many of each row count, whether all rows are done)."""
+    rows = state.token.shape[0]
 
     def body(loop: _Loop) -> _Loop:
-        last = loop.column - 1
-        token = jax.lax.dynamic_slice_in_dim(loop.tokens, last, 1, axis=1)
-        logits, cache = apply(params, token, jnp.full((batch, 1), last, jnp.int32), loop.cache)
-        return fill(loop._replace(cache=cache), logits[:, -1])
+        state = loop.state
+        position = lengths + state.drawn - 1
+        batch = {"tokens": state.token[:, None], "positions": position[:, None]}
+        logits, cache = decoder.apply(params, batch, state.cache)
+        after = _draw(state._replace(cache=cache), logits, rules, steps)
+        tokens = jax.lax.dynamic_update_index_in_dim(loop.tokens, after.token, loop.column, axis=1)
+        return _Loop(loop.column + 1, tokens, jnp.where(state.done, loop.ends, loop.column + 1), after)
 
-    positions = jnp.broadcast_to(jnp.arange(prefill, dtype=jnp.int32), (batch, prefill))
-    logits, cache = apply(params, tokens[:, :prefill], positions, init_cache(batch, width))
-    start = _Loop(jnp.int32(prefill), tokens, lengths, jnp.zeros(batch, bool), cache)
-    loop = jax.lax.while_loop(lambda loop: (loop.column < width) & ~loop.done.all(), body, fill(start, logits[:, -1]))
-    return loop.tokens, loop.ends
+    start = _Loop(jnp.int32(0), jnp.zeros((rows, chunk), jnp.int32), jnp.zeros(rows, jnp.int32), state)
+    loop = jax.lax.while_loop(lambda loop: (loop.column < chunk) & ~loop.state.done.all(), body, start)
+    return loop.state, loop.tokens, loop.ends, loop.state.done.all()
 
 
-def generate(
-    apply: Apply,
-    init_cache: InitCache,
+def stream(
+    decoder: Decoder,
     params: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     seed: int | Sequence[int] = 0,
-    end: int | None = None,
-) -> Generated:
-    """Continue prompts by at most `max_new_tokens` tokens each.
+    ends: Sequence[int] = (),
+    chunk: int = CHUNK,
+    slots: int = 0,
+) -> Iterator[Chunk]:
+    """New tokens as they are decoded: the first alone, when the prompts are prefilled, then `chunk` at a time.
 
-    Args:
-      apply: the model, see above. It and `init_cache` key the compilation, so pass the same objects from call to call.
-      init_cache: (batch size, length) -> an empty cache; called inside jit.
-      params: weights, an argument of the jitted loop.
-      prompts: token ids, each at least one.
-      max_new_tokens: per prompt.
-      sampling: greedy is `Sampling(temperature=0)`.
-      seed: one per prompt, or a number s for s, s + 1, ... Row b equals what its prompt alone gives with its seed (up to the
-        rounding of the model, which sees other batch shapes).
-      end: the id that ends a row; None: rows run to `max_new_tokens`.
-    Raises:
-      ConfigError: an empty prompt, no prompts, or seeds that do not match them in number.
+    Args and errors are those of `generate`, raised at the call; stop early by closing the iterator.
+      chunk: tokens per dispatch.
+      slots: of the cache, where more are wanted than `cache_slots` finds.
     """
     check(len(prompts) > 0, "prompts", prompts, "at least one is needed")
     for index, prompt in enumerate(prompts):
@@ -161,48 +203,67 @@ def generate(
     check(all(0 <= s < 2**32 for s in seeds), "seed", seed, "must lie in 0 .. 2**32 - 1")
     check(len(seeds) == len(prompts), "seed", seed, f"must be a number, or one for each of the {len(prompts)} prompts")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), int(lengths.max()) + max_new_tokens), np.int32)
+    tokens = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    filled, ends = _generate(
-        params,
-        tokens,
-        lengths,
-        np.asarray(seeds, np.uint32),
-        apply=apply,
-        init_cache=init_cache,
-        prefill=int(lengths.min()),
-        max_new_tokens=max_new_tokens,
-        end=-1 if end is None else end,
-        sampling=sampling,
-    )
-    return Generated(*jax.device_get((filled, ends)))
+        row[len(row) - len(prompt) :] = prompt
+    slots = max(slots, cache_slots(tokens.shape[1], max_new_tokens))
+    # Ids of ends are padded by one that no token has, so that their number keys no compilation.
+    stops = np.array([*ends, *[-1] * (-len(ends) % 8 or 8 * (not ends))], np.int32)
+    rules = {"seeds": np.asarray(seeds, np.uint32), "ends": stops, "most": np.int32(max_new_tokens)}
+    return _chunks(decoder, params, tokens, lengths, {**rules, "numbers": sampling.numbers}, sampling.steps, chunk, slots)
 
 
-class Tokenizer(Protocol):
-    """What `generate_text` asks of a tokenizer."""
-
-    def encode(self, text: str) -> Any: ...
-
-    def decode(self, ids: Any, /) -> str: ...
-
-
-def generate_text(
-    apply: Apply,
-    init_cache: InitCache,
+def _chunks(
+    decoder: Decoder,
     params: Any,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    rules: dict[str, Any],
+    steps: Steps,
+    chunk: int,
+    slots: int,
+) -> Iterator[Chunk]:
+    state = _prefill(params, tokens, lengths, rules, decoder=decoder, slots=slots, steps=steps)
+    first, done = np.array(state.token)[:, None], bool(state.done.all())
+    pending = None if done else _decode(params, state, lengths, rules, decoder=decoder, chunk=chunk, steps=steps)
+    yield Chunk(first, np.ones(len(lengths), np.int64))
+    while pending is not None:
+        state, new, counts, finished = pending
+        following = _decode(params, state, lengths, rules, decoder=decoder, chunk=chunk, steps=steps)
+        yield Chunk(*jax.device_get((new, counts)))
+        pending = None if bool(finished) else following
+
+
+def generate(
+    decoder: Decoder,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     seed: int | Sequence[int] = 0,
-    end: int | None = None,
-) -> list[str]:
-    """The continuations of text prompts, without the prompts and without the end token; arguments as in `generate`."""
-    encoded = [list(map(int, tokenizer.encode(prompt))) for prompt in prompts]
-    generated = generate(apply, init_cache, params, encoded, max_new_tokens, sampling, seed, end)
-    texts = []
-    for prompt, row, length in zip(encoded, generated.tokens, generated.lengths, strict=True):
-        new = row[len(prompt) : length].tolist()
-        texts.append(tokenizer.decode(new[:-1] if end is not None and new[-1:] == [end] else new))
-    return texts
+    ends: Sequence[int] = (),
+) -> Generated:
+    """Continue prompts by at most `max_new_tokens` tokens each.
+
+    Args:
+      decoder: the model, see above.
+      params: weights, an argument of the jitted functions.
+      prompts: token ids, each at least one.
+      max_new_tokens: per prompt.
+      sampling: greedy is `Sampling(temperature=0)`.
+      seed: one per prompt, or a number s for s, s + 1, ... Row b equals what its prompt alone gives with its seed (up to the
+        rounding of the model, which sees other shapes).
+      ends: ids that end a row; with none rows run to `max_new_tokens`.
+    Raises:
+      ConfigError: an empty prompt, no prompts, or seeds that do not match them in number.
+    """
+    found = list(stream(decoder, params, prompts, max_new_tokens, sampling, seed, ends))
+    lengths = np.array([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), int(lengths.max()) + max_new_tokens), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        for chunk in found:
+            new = chunk.tokens[row, : chunk.counts[row]]
+            tokens[row, lengths[row] : lengths[row] + len(new)] = new
+            lengths[row] += len(new)
+    return Generated(tokens, lengths.astype(np.int32))

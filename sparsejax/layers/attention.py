@@ -1,4 +1,8 @@
-"""Multi-head attention with its projections, rotary positions and cache; which keys are seen is `ops.attend`'s business."""
+"""Multi-head attention with its projections and rotary positions; which keys are seen is `ops.attend`'s business.
+
+With a cache (`layers.cache`) the mode says what is attended to: "prefill" starts an empty cache and attends to its own tokens,
+any other mode attends to what the cache holds, its own tokens included.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsejax.context import Context, Stat, merge_stats
+from sparsejax.layers.cache import Keys, KVCache, empty_cache
+from sparsejax.layers.fused import Fused
 from sparsejax.layers.linear import Init, Linear, SiteRules
 from sparsejax.layers.norm import Norm
 from sparsejax.models.config import ModelConfig, NormConfig
 from sparsejax.nnx_compat import Module
 from sparsejax.ops.attend import attend, attention_entropy
+from sparsejax.ops.attend_blocked import block_bias
+from sparsejax.ops.attend_one import attend_one
+from sparsejax.ops.attend_visibility import Span, Visibility
 from sparsejax.ops.rope import apply_rope
-
-Cache = dict[str, Array]
 
 
 class Attention(Module):
@@ -41,32 +48,82 @@ class Attention(Module):
         self.q = linear(0, "q", inner, "heads")
         self.k = linear(1, "k", inner_kv, "kv_heads")
         self.v = linear(2, "v", inner_kv, "kv_heads")
-        self.o = Linear(inner, width, key=keys[3], site=f"{site}.o", axes=("heads", "embed"), bias=a.out_bias, **shared)
+        self.qkv: Fused | None = None  # q, k and v as one product, in a serving form
+        out: dict[str, Any] = dict(bias=a.out_bias, out_dtype=config.residual_dtype, **shared)
+        self.o = Linear(inner, width, key=keys[3], site=f"{site}.o", axes=("heads", "embed"), **out)
         norm = NormConfig("rms", config.norm.epsilon, False, config.norm.plus_one)
-        self.q_norm, self.k_norm = (Norm(a.head_dim, norm, axis=None) if a.qk_norm else None for _ in range(2))
+        self.norm_by_head = a.qk_norm_over == "head"
+        sizes = (a.head_dim, a.head_dim) if self.norm_by_head else (inner, inner_kv)
+        self.q_norm, self.k_norm = (Norm(size, norm, axis=None) if a.qk_norm else None for size in sizes)
 
     def __call__(
-        self, x: Float[Array, "B T D"], ctx: Context, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], dict[str, Any], Cache | None]:
-        source = ctx.memory if self.kind == "cross" else x
-        q = self._heads(self.q(x, ctx), self.heads, self.q_norm)
-        k = self._heads(self.k(source, ctx), self.kv_heads, self.k_norm)
-        v = self._heads(self.v(source, ctx), self.kv_heads, None)
+        self, x: Float[Array, "B T D"], ctx: Context, cache: KVCache | None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any], KVCache | None]:
+        q, k, v = self._project(x, ctx)
         if self.rotary:
             tables = ctx.tables[f"rope.{self.kind}"]
             q, k = apply_rope(q, *tables), apply_rope(k, *tables)
-        visible = self._visible(ctx)
-        if cache is not None and self.kind != "cross":
-            k, v, visible, cache = _extend(cache, k, v, ctx, visible)
         bias = ctx.tables["relative_bias"] if self.relative else None
-        out = attend(q, k, v, scale=self.scale, softcap=self.softcap, bias=bias, backend=self.backend, **visible)
-        stats = self._entropy(q, k, bias, visible, ctx)
+        if cache is not None and self.kind != "cross":
+            cache = cache.append(k, v, ctx.positions, ctx.segment_ids)
+        if cache is None or self.kind == "cross" or ctx.mode == "prefill":
+            visible = self._visible(ctx)
+            out = attend(q, k, v, scale=self.scale, softcap=self.softcap, bias=bias, backend=self.backend, **visible)
+            stats = self._entropy(q, k, bias, visible, ctx)
+        else:
+            out = cache.attend(q, lambda keys: self._attend_keys(q, keys, bias, ctx))
+            held = cache.read(cache.slots)
+            stats = self._entropy(q, held.k.transpose(0, 2, 1, 3), bias, self._visible_keys(held, ctx), ctx)
         batch, length = x.shape[:2]
         out = out.reshape(batch, length, self.heads * self.head_dim)
         stats = merge_stats(stats, ctx.measure("attn.out", out))
         return self.o(out, ctx), stats, cache
 
+    def empty_cache(self, batch: int, length: int, dtype: Any, format_spec: str) -> KVCache:
+        """This layer's cache for `length` tokens; a local layer keeps about its window."""
+        window = self.window if self.causal else 0
+        shape = dict(heads=self.kv_heads, head_dim=self.head_dim)
+        return empty_cache(format_spec, batch, length, **shape, dtype=dtype, window=window)
+
+    def _project(self, x: Array, ctx: Context) -> tuple[Array, Array, Array]:
+        """Queries of x, keys and values of x or of the memory, [B, T, heads, K]."""
+        if self.qkv is not None:
+            q, k, v = self.qkv(x, ctx)
+        else:
+            source = ctx.memory if self.kind == "cross" else x
+            q, k, v = self.q(x, ctx), self.k(source, ctx), self.v(source, ctx)
+        return (
+            self._heads(q, self.heads, self.q_norm),
+            self._heads(k, self.kv_heads, self.k_norm),
+            self._heads(v, self.kv_heads, None),
+        )
+
+    def _attend_keys(self, q: Array, keys: Keys, bias: Any, ctx: Context) -> Array:
+        """Attention of the present tokens to keys of the cache."""
+        visible = self._visible_keys(keys, ctx)
+        if q.shape[1] > 1:
+            k, v = keys.k.transpose(0, 2, 1, 3), keys.v.transpose(0, 2, 1, 3)
+            return attend(q, k, v, scale=self.scale, softcap=self.softcap, bias=bias, backend=self.backend, **visible)
+        visibility = Visibility(1, keys.k.shape[2], **visible)
+        block = Span(0, 1), Span(0, keys.k.shape[2])
+        shared: dict[str, Any] = dict(scale=self.scale, softcap=self.softcap, bias=block_bias(bias, visibility, *block))
+        return attend_one(q, keys.k, keys.v, visible=visibility.block(*block), **shared)
+
+    def _visible_keys(self, keys: Keys, ctx: Context) -> dict[str, Any]:
+        """Which keys of the cache each present token may see, for `attend`."""
+        present = jnp.ones(ctx.positions.shape, jnp.int32) if ctx.segment_ids is None else ctx.segment_ids
+        return dict(
+            causal=self.causal,
+            window=self.window,
+            query_segment_ids=present,
+            key_segment_ids=keys.segment_ids,
+            query_positions=ctx.positions,
+            key_positions=keys.positions,
+        )
+
     def _heads(self, projected: Array, count: int, norm: Norm | None) -> Array:
+        if norm is not None and not self.norm_by_head:
+            projected, norm = norm(projected), None
         split = projected.reshape(*projected.shape[:2], count, self.head_dim)
         return split if norm is None else norm(split)
 
@@ -90,41 +147,3 @@ class Attention(Module):
             return {}
         entropy = attention_entropy(q, k, scale=self.scale, softcap=self.softcap, bias=bias, **visible)
         return {"attn": {"entropy": Stat(entropy, "mean")}}
-
-
-def _extend(cache: Cache, k: Array, v: Array, ctx: Context, visible: dict[str, Any]) -> tuple[Array, Array, dict, Cache]:
-    """Write k and v of the present tokens into the cache, from slot `cache["length"]` on, and attend to all of it."""
-    start = cache["length"]
-    batch, count = k.shape[:2]
-    segments = ctx.segment_ids if ctx.segment_ids is not None else jnp.ones((batch, count), jnp.int32)
-
-    def write(store: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(store, new.astype(store.dtype), start, axis=1)
-
-    cache = {
-        "k": write(cache["k"], k),
-        "v": write(cache["v"], v),
-        "positions": write(cache["positions"], ctx.positions),
-        "segment_ids": write(cache["segment_ids"], segments),
-        "length": start + count,
-    }
-    visible = {
-        **visible,
-        "query_segment_ids": segments,
-        "key_segment_ids": cache["segment_ids"],
-        "query_positions": ctx.positions,
-        "key_positions": cache["positions"],
-    }
-    return cache["k"], cache["v"], visible, cache
-
-
-def empty_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Cache:
-    """The cache of one layer for `length` tokens; segment 0 marks a slot that is not written."""
-    shape = (batch, length, config.attention.num_kv_heads, config.attention.head_dim)
-    return {
-        "k": jnp.zeros(shape, dtype),
-        "v": jnp.zeros(shape, dtype),
-        "positions": jnp.zeros((batch, length), jnp.int32),
-        "segment_ids": jnp.zeros((batch, length), jnp.int32),
-        "length": jnp.zeros((), jnp.int32),
-    }

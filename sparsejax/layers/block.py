@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from sparsejax import plugs
 from sparsejax.context import Context, merge_stats
-from sparsejax.layers.attention import Attention, Cache
+from sparsejax.layers.attention import Attention
+from sparsejax.layers.cache import KVCache
 from sparsejax.layers.linear import SiteRules
 from sparsejax.layers.norm import Norm
 from sparsejax.models.config import ModelConfig
@@ -42,6 +43,7 @@ class Block(Module):
     ):
         keys = jax.random.split(key, 3)
         self.arrangement = config.block
+        self.dtype = config.dtype if config.residual_dtype else ""
         self.attn = Attention(config, key=keys[0], site=f"{site}.attn", rules=rules, kind=attention, causal=causal)
         crossing: dict[str, Any] = dict(key=keys[1], site=f"{site}.cross", rules=rules, kind="cross", causal=False)
         self.cross = Attention(config, **crossing) if cross else None
@@ -56,7 +58,7 @@ class Block(Module):
         self.attn_scale = weight(start, ("embed",), "scale") if config.layer_scale else None
         self.mlp_scale = weight(start, ("embed",), "scale") if config.layer_scale else None
 
-    def mix(self, h: Delta, ctx: Context, cache: Cache | None) -> tuple[Delta, Stats, Cache | None]:
+    def mix(self, h: Delta, ctx: Context, cache: KVCache | None) -> tuple[Delta, Stats, KVCache | None]:
         """The delta of self-attention (and of cross-attention after it, where there is one)."""
         delta, stats, cache = self.attn(self._before(self.attn_norm, h), ctx, cache)
         delta = self._after(self.attn_post_norm, self.attn_scale, delta)
@@ -72,7 +74,7 @@ class Block(Module):
         delta, stats = self.mlp(self._before(self.mlp_norm, h), ctx)
         return self._after(self.mlp_post_norm, self.mlp_scale, delta), stats
 
-    def __call__(self, h: Delta, ctx: Context, cache: Cache | None) -> tuple[Delta, Stats, Cache | None]:
+    def __call__(self, h: Delta, ctx: Context, cache: KVCache | None) -> tuple[Delta, Stats, KVCache | None]:
         delta, mix_stats, cache = self.mix(h, ctx, cache)
         if self.arrangement == "parallel":
             fed, feed_stats = self.feed(h, ctx)
@@ -85,7 +87,8 @@ class Block(Module):
         return h, merge_stats(mix_stats, feed_stats, ctx.measure("residual", h)), cache
 
     def _before(self, norm: Norm | None, h: Delta) -> Delta:
-        return h if self.arrangement == "post" or norm is None else norm(h)
+        h = h if self.arrangement == "post" or norm is None else norm(h)
+        return h.astype(self.dtype) if self.dtype else h
 
     def _after(self, norm: Norm | None, scale: Any, delta: Delta) -> Delta:
         delta = delta if norm is None else norm(delta)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from sparsejax import plugs
 from sparsejax.arrays import dense
 from sparsejax.context import Context, Stat
+from sparsejax.layers.fused import Fused
 from sparsejax.layers.linear import Init, Linear, SiteRules
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module, data, weight
@@ -26,14 +27,18 @@ def ffn(
     activation: Nonlinearity,
     ctx: Context,
     groups: Array | None = None,
+    fused: Fused | None = None,
 ) -> tuple[Array, Stats]:
     """down(activation(up(x))), or down(activation(gate(x), up(x))) when there is a gate.
 
     The hidden tensor is measured as `down` multiplies it, after the activation ops of that site, so that counted zeros are the
-    zeros a sparse kernel would skip. `groups` as in `arrays.matmul`, for rows sorted by expert.
+    zeros a sparse kernel would skip. `groups` as in `arrays.matmul`, for rows sorted by expert; `fused`: gate and up as one.
     """
-    entering = (up(x, ctx, groups),) if gate is None else (gate(x, ctx, groups), up(x, ctx, groups))
-    hidden = activation(*entering)
+    if fused is not None:
+        entering = fused(x, ctx)
+    else:
+        entering = (up(x, ctx, groups),) if gate is None else (gate(x, ctx, groups), up(x, ctx, groups))
+    hidden = activation(*entering).astype(x.dtype)
     operand = down.encode(hidden, ctx)
     stats = ctx.measure("mlp.hidden", dense(operand)) if ctx.probes else {}
     return down.product(operand, ctx, groups), stats
@@ -62,22 +67,36 @@ class FFN(Module):
         self.activation = Nonlinearity(config.ffn.activation, hidden)
         spec = self.activation.spec
         keys = jax.random.split(key, 3)
-        shared: dict[str, Any] = dict(rules=rules, init=Init.parse(config.init), bias=config.ffn.bias, experts=experts)
+        shared: dict[str, Any] = dict(
+            rules=rules, init=Init.parse(config.init), bias=config.ffn.bias, experts=experts, out_dtype=config.residual_dtype
+        )
         entering = hidden * (2 if spec.halves else 1)
         self.up = Linear(width, entering, key=keys[0], site=f"{site}.up", axes=("embed", "mlp"), **shared)
         gate = dict(key=keys[1], site=f"{site}.gate", axes=("embed", "mlp"), **shared)
         self.gate = Linear(width, hidden, **gate) if spec.gated else None
+        self.gate_up: Fused | None = None  # both as one product, in a serving form
         self.down = Linear(hidden, width, key=keys[2], site=f"{site}.down", axes=("mlp", "embed"), **shared)
 
     def __call__(self, x: Array, ctx: Context, groups: Array | None = None) -> tuple[Array, Stats]:
-        return ffn(x, self.up, self.gate, self.down, self.activation, ctx, groups)
+        return ffn(x, self.up, self.gate, self.down, self.activation, ctx, groups, self.gate_up)
 
 
 @plugs.register("feed", "ffn")
 @dataclasses.dataclass(frozen=True)
 class DenseFeed:
-    """Every token through one feed-forward network."""
+    """Every token through one feed-forward network.
+
+    activation: of these layers where it is not `ffn.activation` (Gemma 3n's first layers: `ffn:stat_topk_geglu:0.05`).
+    """
+
+    activation: str = ""
+
+    def __post_init__(self) -> None:
+        if self.activation:
+            plugs.resolve("nonlinearity", self.activation, "activation")
 
     def build(self, config: ModelConfig, *, key: Array, site: str, rules: SiteRules) -> FFN:
         """The module of one block: `module(x[B, T, D], ctx) -> (delta[B, T, D], stats)`."""
+        if self.activation:
+            config = dataclasses.replace(config, ffn=dataclasses.replace(config.ffn, activation=self.activation))
         return FFN(config, key=key, site=site, rules=rules)

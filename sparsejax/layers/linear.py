@@ -74,7 +74,10 @@ class Init:
 
 
 class Linear(Module):
-    """A kernel [in, out] (or [E, in, out]) with its bias, and the chains of ops at its input and on its weight."""
+    """A kernel [in, out] (or [E, in, out]) with its bias, and the chains of ops at its input and on its weight.
+
+    out_dtype: of the result; "": the input's.
+    """
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class Linear(Module):
         bias: bool = False,
         experts: int = 0,
         role: str = "matrix",
+        out_dtype: str = "",
     ):
         lead, lead_axes = ((experts,), ("expert",)) if experts else ((), ())
         self.kernel = weight(init(key, (*lead, in_features, out_features)), (*lead_axes, *axes), role)
@@ -96,6 +100,7 @@ class Linear(Module):
         self.bias: Weight | None = weight(zeros, (*lead_axes, axes[1]), "bias") if bias else None
         self.inputs = rules.inputs_at(site)
         self.weights = rules.weights_at(site)
+        self.out_dtype = out_dtype
 
     def encode(self, x: Any, ctx: Context) -> Any:
         """The operand that `product` multiplies: x after the activation ops of this site."""
@@ -104,11 +109,11 @@ class Linear(Module):
         return x
 
     def product(self, operand: Any, ctx: Context, groups: Array | None = None, out_dtype: Any = None) -> Array:
-        """operand @ weight + bias; `groups` and `out_dtype` as in `arrays.matmul`."""
+        """operand @ weight + bias; `groups` and `out_dtype` (default: the map's own) as in `arrays.matmul`."""
         w = self.kernel.get_value()
         for op in self.weights:
             w = op(w, ctx)
-        y = matmul(operand, w, groups=groups, out_dtype=out_dtype)
+        y = matmul(operand, w, groups=groups, out_dtype=out_dtype or self.out_dtype or None)
         if self.bias is None:
             return y
         bias = self.bias.get_value().astype(y.dtype)

@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparsejax.context import Context, Stat
-from sparsejax.layers.attention import empty_cache
 from sparsejax.layers.block import Block
 from sparsejax.layers.linear import SiteRules
 from sparsejax.models.config import ModelConfig
@@ -66,7 +65,7 @@ class Stack(Module):
         causal: bool,
         cross: bool = False,
     ):
-        self.config_dtype = config.dtype
+        self.residual_dtype = config.residual_dtype
         self.unroll, self.remat = config.unroll, config.remat
         keys = jax.random.split(key, num_layers)
 
@@ -99,6 +98,7 @@ class Stack(Module):
         self, h: Float[Array, "B T D"], ctx: Context, cache: dict[str, Any] | None = None
     ) -> tuple[Float[Array, "B T D"], dict[str, Any], dict[str, Any] | None]:
         """(h, stats stacked over the layers that report them, cache)."""
+        h = h.astype(self.residual_dtype) if self.residual_dtype else h
         found: list[tuple[np.ndarray, dict[str, Any]]] = []
         new_cache: dict[str, Any] = {}
         start = 0
@@ -126,18 +126,22 @@ class Stack(Module):
         if self.remat != "none":
             # Inside a rolled loop nothing can be merged across iterations, so the CSE barrier would only cost time.
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=unroll == repeats)
-        h, (stats, kept) = jax.lax.scan(body, h, (slots, jnp.asarray(layers), cache), unroll=unroll)
-        return h, stats, kept
+        if repeats > 1:
+            h, (stats, kept) = jax.lax.scan(body, h, (slots, jnp.asarray(layers), cache), unroll=unroll)
+            return h, stats, kept
+        # Without a scan: around a cache, the axis of length 1 makes XLA write each update twice and copy the cache for it.
+        h, (stats, kept) = body(h, (jax.tree.map(lambda a: a[0], slots), jnp.asarray(layers[0]), cache))
+        return h, jax.tree.map(lambda a: a[None], stats), kept
 
-    def empty_cache(self, config: ModelConfig, batch: int, length: int) -> dict[str, Any]:
-        """Zeroed caches for `length` tokens, stacked as the blocks are."""
-        one = empty_cache(config, batch, length, jnp.dtype(config.dtype))
-        return {
-            str(index): {
-                str(slot): jax.tree.map(lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape)), one) for slot in range(period)
-            }
-            for index, (period, repeats) in enumerate(self.plan)
-        }
+    def empty_cache(self, batch: int, length: int, dtype: Any, format_spec: str) -> dict[str, Any]:
+        """Caches without a token, with room for `length` of them; stacked as the blocks are where a segment repeats."""
+        caches: dict[str, Any] = {}
+        for index, (period, repeats) in enumerate(self.plan):
+            slots = self.segments[str(index)]
+            ones = {str(s): slots[str(s)].attn.empty_cache(batch, length, dtype, format_spec) for s in range(period)}
+            stacked = jax.tree.map(lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape)), ones)
+            caches[str(index)] = stacked if repeats > 1 else ones
+        return caches
 
 
 def default_unroll(repeats: int) -> int:

@@ -12,18 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparsejax import nnx_compat
 from sparsejax.config_text import to_json
-from sparsejax.context import Context
 from sparsejax.data.pipeline import DataPipeline
-from sparsejax.evaluate.generate import Sampling, generate_text
+from sparsejax.evaluate.generate import Params, decoder
 from sparsejax.evaluate.likelihood import Likelihood
 from sparsejax.evaluate.ngram import NgramBaselines, ngram_baselines
+from sparsejax.evaluate.sampling import Sampling
+from sparsejax.evaluate.text_stream import generate_text
 from sparsejax.parallel import launch, rules
 from sparsejax.train import metrics
 from sparsejax.train.loop import Trainer, evaluation_row
 from sparsejax.train.run_page import read_result, write_page
-from sparsejax.train.state import build
+from sparsejax.train.state import cast_for_compute
 
 BASELINE_BYTES = 16 * 2**20  # of training text that the n-gram models count
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -161,22 +161,12 @@ def room_after(trainer: Trainer, prompt: str) -> int:
 def sample_text(trainer: Trainer, prompt: str, tokens: int, temperature: float = 0.8) -> str:
     """Text that the model continues a prompt with."""
     structure, config = trainer.setup.structure, trainer.config
-
-    def apply(values: Any, tokens: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        model = build(structure, values, config.model.dtype)
-        batch = {"tokens": tokens, "positions": positions}
-        h, _, cache = model.features(batch, Context(mode="prefill" if tokens.shape[1] > 1 else "decode"), cache)
-        return model.logits(h), cache
-
-    def empty_cache(batch: int, length: int) -> Any:
-        return nnx_compat.merge(structure, trainer.setup.abstract_state.trainable).empty_cache(batch, length)
-
     # A run's parameters lie on its mesh; every host samples the one sequence from its own copy.
     whole = jax.jit(lambda v: v, out_shardings=rules.replicated(trainer.setup.mesh))(trainer.evaluated_parameters())
     values = jax.tree.map(lambda a: a.addressable_data(0), whole)
     tokenizer = trainer.data.tokenizer
     assert tokenizer is not None
-    return generate_text(
-        apply, empty_cache, values, tokenizer, [prompt], tokens, Sampling(temperature=temperature),
-        seed=config.seed, end=tokenizer.eos_id,
-    )[0]
+    params = Params(cast_for_compute(structure, values, config.model.dtype))
+    sampling = Sampling(temperature=temperature)
+    ends = [tokenizer.eos_id]
+    return generate_text(decoder(structure), params, tokenizer, [prompt], tokens, sampling, seed=config.seed, ends=ends)[0]

@@ -141,7 +141,7 @@ def _print_as_decoded(
 def describe_speed(speed: dict[str, Any]) -> str:
     """One line: rates, bytes per token, and the fraction of what memory allows."""
     return (
-        f"prefill {speed['prefill_tokens_per_second']:,.0f} tokens/s, decode {speed['decode_tokens_per_second']:,.1f} tokens/s; "
+        f"prefill {speed['prefill_tokens_per_second']:,.0f}, decode {speed['decode_tokens_per_second']:,.1f} tokens/s; "
         f"a step reads {speed['weight_bytes'] / 1e6:,.1f} MB of weights and {speed['cache_bytes'] / 1e6:,.2f} MB of cache, "
         f"{speed['bytes_per_second'] / 1e9:,.1f} GB/s, {100 * speed['fraction_of_read_bandwidth']:.0f} % of the "
         f"{speed['read_bandwidth'] / 1e9:,.1f} GB/s at which memory is read"

@@ -34,7 +34,7 @@ EmptyCache = Callable[[int, int], Any]
 
 SMALLEST_BUCKET = 32  # tokens; the cache's slots go in steps of SLOTS
 SLOTS = 256
-CHUNK = 8  # tokens per dispatch
+CHUNK = 4  # tokens per dispatch: measured on 2 CPU cores, 21.6 tokens/s (20.1 one by one, 23.1 at 32 a dispatch)
 
 
 class Decoder(NamedTuple):

@@ -157,7 +157,7 @@ def test_bytes_read_count_the_tied_table_once_and_rows_looked_up_not_at_all():
     assert read_bytes(structure, values) == count(values) - count(values["embed"])
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     window=st.sampled_from([0, 3, 64, 70]),
     counts=st.lists(st.sampled_from([1, 1, 2, 5, 63, 64, 65, 130, 200]), min_size=1, max_size=5),
@@ -215,10 +215,10 @@ def test_only_the_filled_prefix_is_read_and_none_of_it_is_missed():
         assert int(seen) == read
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
-    slots=st.integers(1, 9), groups=st.integers(1, 2), repeats=st.integers(1, 3), softcap=st.sampled_from([0.0, 1.5]),
-    with_bias=st.booleans(), seed=st.integers(0, 100),
+    slots=st.sampled_from([1, 9]), groups=st.integers(1, 2), repeats=st.sampled_from([1, 3]),
+    softcap=st.sampled_from([0.0, 1.5]), with_bias=st.booleans(), seed=st.integers(0, 100),
 )
 def test_one_query_attends_as_many_do(slots, groups, repeats, softcap, with_bias, seed):
     rng = np.random.default_rng(seed)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import entry
+from sparsejax.data.sources import check_unicode
 from sparsejax.plugs import ConfigError, check, check_choice
 
 TIMED_TOKENS = 64  # of the second run, at most
@@ -86,6 +87,7 @@ def read_prompts(flags: Flags) -> list[str | list[dict[str, str]]]:
     prompts = list(flags.prompt) or _prompts_of_file(flags.prompt_file)
     for index, prompt in enumerate(prompts):
         check(prompt, f"{given[0]}[{index}]", prompt, "is empty; a line break will do")
+        check_unicode(prompt, f"{given[0]}[{index}]")
     return list(prompts)
 
 
@@ -107,7 +109,7 @@ def _read(flag: str, path: str) -> str:
 def _json_list(flag: str, path: str, kind: type, what: str) -> list[Any]:
     try:
         found = json.loads(_read(flag, path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{flag} = {path!r}: is no JSON ({error})") from error
     good = isinstance(found, list) and found and all(isinstance(item, kind) for item in found)
     check(good, flag, path, f"expected a JSON list {what}, with at least one")

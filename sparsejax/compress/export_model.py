@@ -14,7 +14,7 @@ from sparsejax.io import export_hf, model_folder
 from sparsejax.io.hub import resolve
 from sparsejax.io.load import load
 from sparsejax.io.model import Model
-from sparsejax.plugs import ConfigError, check_choice
+from sparsejax.plugs import ConfigError, check, check_choice
 
 FORMATS = ("model", "hf")
 
@@ -36,7 +36,8 @@ def export_model(name: str, out: str, *, format: str = "model", dtype: str = "fl
     located = resolve(name)
     model = load(name, dtype=dtype)
     if format == "model" and located.kind == "run" and model.config.weights:
-        return {"format": format, **export_run(located.path, out)}
+        check(dtype == "float32", "--dtype", dtype, "a run is packed as it was trained, in float32")
+        return {"model": name, "format": format, "dtype": dtype, **export_run(located.path, out)}
     if format == "hf":
         exported = export_hf.write_hf(model, out, command=command, results=measured(located.path))
         print("\n".join(export_hf.describe(model.config, exported, out)))
@@ -54,14 +55,18 @@ def measured(path: Path) -> list[tuple[str, str]]:
     """What a run measured at its end, as rows of a table; none where the model is no run."""
     if not (path / "result.json").is_file():
         return []
-    result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    try:
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ConfigError(f"{path / 'result.json'}: not JSON ({problem})") from problem
     found, baselines = result.get("results", {}), result.get("baselines", {})
     rows = []
     if "bits_per_byte" in found:
         error = found.get("bits_per_byte_error", float("nan"))
         rows.append(("held-out bits per byte", f"{found['bits_per_byte']:.4f} +- {error:.4f}"))
     rows += [(f"the same of a {name} model", f"{value:.4f}") for name, value in baselines.items()]
-    rows += [("held-out loss (nats)", f"{found['loss']:.4f} +- {found['loss_error']:.4f}")] if "loss" in found else []
+    if "loss" in found and "loss_error" in found:
+        rows.append(("held-out loss (nats)", f"{found['loss']:.4f} +- {found['loss_error']:.4f}"))
     rows += [("parameters", f"{found['parameters']:,}")] if "parameters" in found else []
     return rows
 

@@ -74,16 +74,22 @@ def find_file(path: str, directories: Sequence[Path], field: str) -> Path:
 
 
 def decode_utf8(data: bytes, path: Path | str) -> str:
-    """Strict UTF-8 decoding.
+    """Strict UTF-8 decoding; a byte order mark is left out.
 
     Raises:
       ConfigError: names the file and the offset of the first byte that is not UTF-8.
     """
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} "
                           f"({error.reason})") from None
+
+
+def check_unicode(text: str, field: str) -> None:
+    """ConfigError where a text from a command line or from JSON holds half of a surrogate pair, which no tokenizer takes."""
+    lone = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+    check(lone is None, field, text[:80].encode("utf-8", "backslashreplace").decode(), "holds what is not valid Unicode")
 
 
 def hash_documents(splits: Sequence[Sequence[str]]) -> str:

@@ -39,7 +39,8 @@ class Sampling:
 
     @property
     def steps(self) -> Steps:
-        return Steps(self.temperature == 0, self.top_k, self.top_p < 1, self.min_p > 0)
+        # 1 / temperature overflows float32 below this, where the likeliest token has all the probability anyway.
+        return Steps(self.temperature < 1e-30, self.top_k, self.top_p < 1, self.min_p > 0)
 
     @property
     def numbers(self) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsejax.data.sources import decode_utf8, find_file
+from sparsejax.data.sources import check_unicode, decode_utf8, find_file
 from sparsejax.data.tokenizers import Tokenizer
 from sparsejax.evaluate.perplexity import mean_and_error
 from sparsejax.evaluate.scoring import Row, Scorer
@@ -121,8 +121,8 @@ def read_rows(text: str, path: str) -> tuple[str, tuple[TaskRow, ...]]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and nesting without end
+            raise ConfigError(f"{where}: not JSON: {error}") from None
         found = _shape_of(row, where)
         if shape and found != shape:
             raise ConfigError(f"{where}: a row {{{', '.join(SHAPES[found])}}} among rows {{{', '.join(SHAPES[shape])}}}")
@@ -176,6 +176,7 @@ def _text(row: dict[str, Any], key: str, where: str, empty: bool = False) -> str
     value = row[key]
     if not isinstance(value, str) or not (value.strip() or empty):
         raise ConfigError(f"{where}: {key} = {value!r}: expected a text{'' if empty else ' that is not blank'}")
+    check_unicode(value, f"{where}: {key}")
     return value
 
 
@@ -183,6 +184,8 @@ def _texts(row: dict[str, Any], key: str, where: str) -> list[str]:
     values = row[key]
     if not isinstance(values, list) or len(values) < 2 or not all(isinstance(v, str) and v.strip() for v in values):
         raise ConfigError(f"{where}: {key} = {values!r}: expected a list of two or more texts that are not blank")
+    for value in values:
+        check_unicode(value, f"{where}: {key}")
     return values
 
 

@@ -46,8 +46,11 @@ class TextGenerator:
     @property
     def ends(self) -> list[int]:
         """Ids that end a text: the tokenizer's, and those that the model's own generation settings name."""
-        named = (self.model.source.get("generation") or {}).get("eos_token_id")
-        listed = [named] if isinstance(named, int) else list(named or ())
+        source = self.model.source
+        named = (source.get("generation") or source.get("config") or {}).get("eos_token_id")
+        listed = named if isinstance(named, list) else [] if named is None else [named]
+        good = all(type(one) is int and 0 <= one < 2**31 for one in listed)
+        check(good, f"--model = {self.model.name!r}: eos_token_id", named, "expected a token id or a list of them")
         return sorted({self.tokenizer.eos_id, *listed})
 
     def encode(self, prompt: str) -> list[int]:
@@ -68,12 +71,14 @@ class TextGenerator:
     def check_room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raise a ConfigError where a prompt and its continuation are more than the model's positions."""
         config = self.model.config
+        for index, prompt in enumerate(prompts):
+            highest, rows = max(prompt, default=0), config.vocab_size
+            check(highest < rows, f"prompt[{index}]", f"token {highest}", f"the model's embedding has {rows} rows")
         limit = config.max_length
         if config.kind == "encoder_decoder" or config.positions.kind not in LIMITED_POSITIONS or not limit:
             return
         for index, prompt in enumerate(prompts):
-            rule = f"{len(prompt)} tokens are more than the model's {limit} positions leave room for"
-            check(len(prompt) < limit, f"prompt[{index}]", f"{len(prompt)} tokens", rule)
+            check(len(prompt) < limit, f"prompt[{index}]", f"{len(prompt)} tokens", f"the model has {limit} positions")
             rule = f"prompt[{index}] has {len(prompt)} tokens, and the model {limit} positions: at most {limit - len(prompt)}"
             check(len(prompt) + max_new_tokens <= limit, "--max-new-tokens", max_new_tokens, rule)
 

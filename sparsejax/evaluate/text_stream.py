@@ -81,7 +81,9 @@ def stream_text(
     ends: Sequence[int] = (),
     stop: Sequence[str] = (),
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """(new text, number of new tokens) of every row, as chunks are decoded; arguments as in `generate.generate`.
+    """(new text, tokens decoded for it) of every row, chunk by chunk; arguments as in `generate.generate`.
+
+    What a chunk decodes after a stop string counts as decoded.
 
     Args:
       stop: strings that end a row; neither they nor what follows is given out.

@@ -16,7 +16,7 @@ from sparsejax.data.tokenizers import ByteCodec, LibraryCodec, Tokenizer
 from sparsejax.io import sparsity_config
 from sparsejax.io.family import Family
 from sparsejax.io.model import Model
-from sparsejax.io.model_folder import claim
+from sparsejax.io.model_folder import claim, write_texts
 from sparsejax.io.safetensors_file import write_safetensors
 from sparsejax.io.weights_out import plan_tensors
 from sparsejax.models.config import ModelConfig
@@ -48,7 +48,7 @@ def write_hf(model: Model, folder: Path | str, *, command: str = "", results: Se
         folder that is in use.
     """
     family, published = family_for(model)
-    published = {"architectures": [family.architecture], **published, "dtype": model.config.dtype}
+    published = {"architectures": [family.architecture], **_special_ids(model), **published, "dtype": model.config.dtype}
     plan = plan_tensors(model.config, family, model.structure, model.values)
     documents: dict[str, Any] = {"config.json": published, **_tokenizer_documents(model)}
     extra = sparsity_config.written(model.config)
@@ -59,12 +59,11 @@ def write_hf(model: Model, folder: Path | str, *, command: str = "", results: Se
             f"config.json has no words for the rules of model.inputs and model.weights: they are in {sparsity_config.NAME}, "
             "and readers that do not know it compute the dense model"
         )
+    texts = {"README.md": model_card(model, family, command, results, notes)}
+    texts |= {name: _text(document) for name, document in reversed(documents.items())}
     folder = claim(folder, "--out")
     written = write_safetensors(folder, plan)
-    texts = {name: _text(document) for name, document in documents.items()}
-    texts["README.md"] = model_card(model, family, command, results, notes)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    write_texts(folder, texts)
     return Exported(family.name, sorted(p.name for p in folder.iterdir()), written.size, notes)
 
 
@@ -74,14 +73,25 @@ def family_for(model: Model) -> tuple[Family, dict[str, Any]]:
     own = model.source.get("family")
     if own in families:
         return families[own], families[own].to_published(model.config)
-    reasons = []
+    reasons = {}
     for family in families.values():
         try:
             return family, family.to_published(model.config)
         except ConfigError as error:
-            reasons.append(str(error))
-    nearest = sorted(reasons, key=len)[:3]
-    raise ConfigError(f"--format hf: no published family can express {model.name}. The nearest: " + "; ".join(nearest))
+            reasons[family.name] = str(error)
+    # A reason that names our fields is that of a family which read the config; the fewest fields are the nearest.
+    nearest = sorted(reasons, key=lambda name: (" model." not in reasons[name], reasons[name].count(" model."), name))[:3]
+    told = "; ".join(f"{name}: {reasons[name]}" for name in nearest)
+    raise ConfigError(f"--format hf: no published family can express {model.name}. The nearest: {told}")
+
+
+def _special_ids(model: Model) -> dict[str, Any]:
+    """Ids of special tokens as `config.json` has them: as published, else the tokenizer's."""
+    published = model.source.get("config") or {}
+    found = {key: value for key, value in published.items() if key.endswith("_token_id")}
+    if not found and model.tokenizer is not None:
+        found = {f"{role}_token_id": getattr(model.tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
+    return found
 
 
 def _tokenizer_documents(model: Model) -> dict[str, Any]:
@@ -97,7 +107,8 @@ def _tokenizer_documents(model: Model) -> dict[str, Any]:
         **{f"{role}_token": text for role, text in texts.items()},
     }
     generation = model.source.get("generation") or {"eos_token_id": tokenizer.eos_id}
-    generation = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, **generation}
+    start = {key: value for key, value in _special_ids(model).items() if key == "decoder_start_token_id"}
+    generation = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id, **start, **generation}
     found: dict[str, Any] = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": config}
     if model.config.kind in ("decoder", "encoder_decoder"):
         found["generation_config.json"] = generation

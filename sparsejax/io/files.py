@@ -199,13 +199,17 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(text, object_pairs_hook=without_repetition)
+        value = json.loads(text, object_pairs_hook=without_repetition, parse_constant=_refuse_constant)
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:  # a JSONDecodeError, bytes that are not UTF-8, a number of 5000 digits
         raise ConfigError(f"{where}: not valid JSON ({error})") from error
     check(isinstance(value, dict), where, type(value).__name__, "expected a JSON object")
     return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def refuse_unless(condition: Any, where: str, value: Any, rule: str) -> None:

@@ -103,13 +103,23 @@ def _hf_tokenizer(files: HfFiles) -> Tokenizer | None:
     library = tokenizers.parse_tokenizer(files.tokenizer_json, f"{files.path}: tokenizer.json")
     texts = files.special_tokens
 
-    def number(*roles: str) -> int | None:
-        return next((library.token_to_id(texts[role]) for role in roles if role in texts), None)
+    def number(role: str, *roles: str) -> int | None:
+        """The id by its text in the tokenizer's config, else by the model's configs, else by a published name."""
+        named = (library.token_to_id(texts[one]) for one in (role, *roles) if one in texts)
+        configured = (_first(config.get(f"{role}_token_id")) for config in (files.generation, files.config))
+        known = (library.token_to_id(text) for text in tokenizers.PUBLISHED_NAMES[role])
+        return next((found for found in (*named, *configured, *known) if found is not None), None)
 
     eos = number("eos", "sep")
     if eos is None:
-        raise ConfigError(f"{files.path}: tokenizer_config.json names no eos_token or sep_token of the vocabulary: {texts}")
+        raise ConfigError(f"{files.path}: neither the tokenizer's config, config.json nor the vocabulary names an end token")
     return tokenizers.published(library, eos=eos, bos=number("bos", "cls"), pad=number("pad"), mask=number("mask"))
+
+
+def _first(ids: Any) -> int | None:
+    """One id of a config's value: a number, or the first of a list."""
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return first if type(first) is int else None
 
 
 _LOADERS = {"hf": _load_hf, "gguf": _load_gguf, "onnx": _load_onnx, "model": _load_folder, "run": _load_run}

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from sparsejax import config_text, nnx_compat
 from sparsejax.arrays import WEIGHT_ARRAYS
 from sparsejax.io import model_json
+from sparsejax.io.files import refuse_unless
 from sparsejax.io.model import Model
 from sparsejax.io.safetensors_file import open_safetensors, write_safetensors
 from sparsejax.io.tensors import TensorSource
@@ -42,12 +43,19 @@ def save(model: Model, folder: Path | str) -> None:
         arrays[".".join(path)] = _description(nnx_compat.at(model.values, path))
     weights = {"stored": STORED, "arrays": arrays}
     texts = model_json.files(model.config, weights, model.tokenizer, model.chat_template, model.source)
+    write_safetensors(folder, list(_parts(model.structure, model.values)))
+    write_texts(folder, dict(reversed(texts.items())))
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write text files beside the weights in order, the one that makes the folder a model last; all or none stay."""
     try:
-        write_safetensors(folder, list(_parts(model.structure, model.values)))
-        for name, text in reversed(texts.items()):
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{folder}: could not be written ({error}); it is not whole and can be deleted") from error
+        for path in folder.iterdir():  # it was empty when it was claimed
+            path.unlink(missing_ok=True)
+        raise ConfigError(f"{folder}: could not be written ({error}); nothing was left in it") from error
 
 
 def claim(folder: Path | str, flag: str) -> Path:
@@ -77,7 +85,7 @@ def load(folder: Path | str, *, name: str = "", dtype: str = "float32", mesh: Me
     where = str(folder / model_json.MODEL_JSON)
     check_choice(f"{where}: weights.stored", found.weights.get("stored"), (STORED,))
     config = dataclasses.replace(config_text.from_values(found.config, ModelConfig, where), dtype=dtype)
-    structure, shapes = nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
+    structure, shapes = _abstract(config, where)
     source, described = open_safetensors(folder), found.weights.get("arrays", {})
     check(isinstance(described, dict), f"{where}: weights.arrays", described, "expected an object")
     names = {".".join(path) for path in structure.paths}
@@ -88,6 +96,17 @@ def load(folder: Path | str, *, name: str = "", dtype: str = "float32", mesh: Me
     for path, weight in zip(structure.paths, structure.variables, strict=True):
         nnx_compat.put(values, path, reader.read(".".join(path), weight, nnx_compat.at(shapes, path).shape))
     return Model(name or str(folder), config, structure, values, found.tokenizer, found.chat_template, found.source)
+
+
+def _abstract(config: ModelConfig, where: str) -> tuple[Structure, dict[str, Any]]:
+    """Structure and shapes; sizes that make no model are the file's fault."""
+    sizes = {"num_layers": config.num_layers, "d_model": config.d_model, "num_heads": config.attention.num_heads}
+    for name, size in sizes.items():
+        check(0 < size < 2**24, f"{where}: config: {name}", size, "must be positive, and no model is that large")
+    try:
+        return nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{where}: config: describes no model ({error})") from error
 
 
 def _description(value: Any) -> dict[str, Any]:
@@ -132,7 +151,9 @@ class _Reader:
 
     def read(self, name: str, weight: Weight, shape: tuple[int, ...]) -> Any:
         """One parameter on its devices."""
-        fields = dict(self.described[name])
+        described = self.described[name]
+        refuse_unless(isinstance(described, dict), f"{self.where}: weights.arrays.{name}", described, "expected an object")
+        fields = dict(described)
         kind = fields.pop("type", None)
         check_choice(f"{self.where}: weights.arrays.{name}.type", kind, ("Array", *WEIGHT_ARRAYS))
         if kind == "Array":
@@ -160,4 +181,7 @@ class _Reader:
         if "dtype" in static:
             static["dtype"] = jnp.dtype(self.dtype)
         arrays = {one: self._place(f"{name}.{one}", weight) for one in allowed if f"{name}.{one}" in self.source.tensors}
+        optional = {one for one in allowed if one == "surrogate"}
+        absent = sorted(set(allowed) - optional - set(arrays) - set(static))
+        check(not absent, f"{self.source.path}: {name}", absent, f"parts of a {kind.__name__} that are missing")
         return kind(**{**dict.fromkeys(allowed), **arrays, **static})

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsejax.data.tokenizers import ByteCodec, LibraryCodec, Tokenizer, read_tokenizer_json
+from sparsejax.io.files import refuse_unless
 from sparsejax.models.config import ModelConfig
 from sparsejax.plugs import ConfigError, check, check_choice
 
@@ -78,6 +79,8 @@ def read(folder: Path) -> Description:
         check_choice(f"{path}: key", key, keys)
     missing = [key for key in keys if key not in document]
     check(not missing, f"{path}: keys", sorted(document), f"missing: {', '.join(missing)}")
+    for key, kinds in (("config", dict), ("weights", dict), ("source", dict), ("chat_template", str | None)):
+        refuse_unless(isinstance(document[key], kinds), f"{path}: {key}", document[key], f"expected {kinds}")
     tokenizer = None if document["tokenizer"] is None else _tokenizer(document["tokenizer"], folder)
     return Description(document["config"], document["weights"], tokenizer, document["chat_template"], document["source"])
 
@@ -99,9 +102,14 @@ def _tokenizer(stored: dict[str, Any], folder: Path) -> Tokenizer:
         vocab_size = int(stored["vocab_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error!r}; is the file whole?") from error
-    check(vocab_size >= codec.size, f"{where}.vocab_size", vocab_size, f"the tokenizer has {codec.size} ids")
+    fits = codec.size <= vocab_size < codec.size + 2**20
+    check(fits, f"{where}.vocab_size", vocab_size, f"the tokenizer has {codec.size} ids")
+    refuse_unless(isinstance(specials["mode_ids"], dict), f"{where}.mode_ids", specials["mode_ids"], "expected an object")
     token_bytes = np.zeros(vocab_size, np.int32)
     token_bytes[: codec.size] = codec.token_bytes()
     ids = [*(specials[name] for name in ("pad_id", "bos_id", "eos_id", "mask_id")), *specials["mode_ids"].values(), *sentinels]
-    token_bytes[[i for i in ids if i is not None]] = 0
+    ids = [number for number in ids if number is not None]
+    good = all(isinstance(number, int | np.integer) and 0 <= number < vocab_size for number in ids)
+    refuse_unless(good, f"{where}: ids", ids, f"expected numbers below vocab_size = {vocab_size}")
+    token_bytes[ids] = 0
     return Tokenizer(codec=codec, vocab_size=vocab_size, sentinel_ids=sentinels, token_bytes=token_bytes, **specials)

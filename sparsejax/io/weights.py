@@ -23,7 +23,7 @@ from sparsejax.models.config import ModelConfig
 from sparsejax.models.transformer import Transformer
 from sparsejax.nnx_compat import COMPUTE_ROLES, Structure
 from sparsejax.parallel import rules
-from sparsejax.plugs import ConfigError
+from sparsejax.plugs import ConfigError, check
 
 Path = tuple[str, ...]
 _LISTED = 12  # names in one message
@@ -44,6 +44,8 @@ def load_values(
       ConfigError: tensors that are missing, that nothing reads, of a wrong shape or no float type, that hold NaN, or a tied
         head that differs from the embedding; all of a kind are listed by name.
     """
+    layers, stored = config.num_layers + config.encoder_layers, len(source.tensors)
+    check(layers <= stored, f"{source.path}: layers", layers, f"more than the {stored} tensors of the file")
     structure, shapes = nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
     slots = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
     entries = expand(family.entries(config), config, set(slots), family.experts(config))

@@ -14,7 +14,8 @@ from sparsejax.context import Context
 from sparsejax.data.tokenizers import Bytes, parse_tokenizer
 from sparsejax.io import export_hf, model_folder
 from sparsejax.io.load import load
-from sparsejax.nnx_compat import merge
+from sparsejax.models.transformer import Transformer
+from sparsejax.nnx_compat import merge, split
 from sparsejax.parallel.config import MeshConfig
 from sparsejax.parallel.mesh import make_mesh
 from sparsejax.plugs import ConfigError
@@ -80,6 +81,14 @@ def test_rules_for_one_layer_restack_the_same_parameters(model):
         (lambda d: d["weights"]["arrays"]["norm.gain"].update(type="QTensr"), "Did you mean 'QTensor'"),
         (lambda d: d["tokenizer"].update(codec="words"), "allowed are 'bytes'"),
         (lambda d: d["tokenizer"].pop("eos_id"), "eos_id"),
+        (lambda d: d["tokenizer"].update(pad_id=10**6), "numbers below vocab_size"),
+        (lambda d: d["tokenizer"].update(vocab_size=10**13), "vocab_size"),
+        (lambda d: d.update(weights=None), "weights"),
+        (lambda d: d.update(source=[1]), "source"),
+        (lambda d: d["weights"]["arrays"].update({"norm.gain": "Array"}), "expected an object"),
+        (lambda d: d["weights"]["arrays"]["embed.table"].update(type="QTensor", bits=8), "parts of a QTensor"),
+        (lambda d: d["config"].update(num_layers=-1), "num_layers"),
+        (lambda d: d["config"]["attention"].update(num_heads=0), "num_heads"),
     ],
 )
 def test_what_a_damaged_description_says_is_named(model, tmp_path, change, message):
@@ -138,6 +147,38 @@ def test_the_byte_tokenizer_exports_as_one_that_gives_the_same_ids(model, tmp_pa
     assert (again.eos_id, again.bos_id, again.pad_id) == (258, 257, 256) == (
         model.tokenizer.eos_id, model.tokenizer.bos_id, model.tokenizer.pad_id
     )  # fmt: skip
+
+
+def test_a_disk_that_fills_up_leaves_no_half_folder(model, tmp_path, monkeypatch):
+    written = type(tmp_path).write_text
+
+    def full(path, text, **options):
+        if path.name == "config.json":
+            raise OSError(28, "No space left on device")
+        return written(path, text, **options)
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        export_hf.write_hf(model, tmp_path / "hf")
+    assert not list((tmp_path / "hf").iterdir())
+
+
+def test_ids_of_special_tokens_are_found_in_the_configs_where_the_tokenizer_names_none(model, tmp_path):
+    export_hf.write_hf(model, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    (tmp_path / "hf" / "generation_config.json").unlink()
+    document = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert document["eos_token_id"] == 258
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**document, "eos_token_id": [17, 258]}))
+    assert load(str(tmp_path / "hf")).tokenizer.eos_id == 17
+
+
+def test_a_run_s_plain_squared_relu_model_is_published_as_arcee(model, tmp_path):
+    config = dataclasses.replace(model.config, ffn=dataclasses.replace(model.config.ffn, activation="relu2"))
+    structure, values = split(Transformer(config, jax.random.key(0)))
+    own = dataclasses.replace(model, config=config, structure=structure, values=values, source={"family": "sparsejax"})
+    assert export_hf.write_hf(own, tmp_path / "hf").family == "arcee"
+    np.testing.assert_array_equal(logits(load(str(tmp_path / "hf"))), logits(own))
 
 
 def test_a_config_that_no_family_expresses_is_refused_with_the_reasons(model, tmp_path):

@@ -84,6 +84,10 @@ def test_wrong_shapes_and_types_are_listed_before_anything_is_read(tmp_path):
     assert "model.norm.weight is int32" in message
 
 
+def test_a_file_with_fewer_tensors_than_layers_is_refused_at_once(tmp_path):
+    assert "layers = 10000000" in refusal(tiny_llama.write(tmp_path / "m", num_hidden_layers=10**7))
+
+
 def test_nan_is_found_by_name(tmp_path):
     arrays = tiny_llama.tensors()
     arrays["model.layers.2.mlp.gate_proj.weight"][3, 4] = np.nan

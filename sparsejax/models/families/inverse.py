@@ -27,7 +27,8 @@ def check_inverse(
       ConfigError: names the fields that the published config cannot express, with what they would become.
     """
     ours, theirs = meaning(config), meaning(to_config(published))
-    differing = [f"model.{key} = {value!r} (but {theirs[key]!r})" for key, value in ours.items() if value != theirs[key]]
+    pairs = ((key, ours.get(key), theirs.get(key)) for key in ours | theirs)
+    differing = [f"model.{key} = {mine!r} (but {read!r})" for key, mine, read in pairs if mine != read]
     if differing:
         raise ConfigError(f"a {family} config.json cannot express {', '.join(differing)}")
     return dict(published)

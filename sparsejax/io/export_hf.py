@@ -169,7 +169,7 @@ def model_card(
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     parts = [
         "---\nlibrary_name: transformers\ntags: [sparsejax]\n---",
-        f"# {model.name}",
+        f"# {Path(model.name).name}",
         f"{family.architecture}, {parameters:,} parameters, {config.dtype}.",
         f"**Base model:** {base or f'{source.get('title', model.name)}, read from {source.get('format', 'a model folder')}'}",
         "**Recipe:** " + ("; ".join(f"`{rule}`" for rule in recipe) or "none: the weights are as they were read"),
@@ -184,7 +184,7 @@ def model_card(
 def describe(config: ModelConfig, exported: Exported, folder: Path | str) -> list[str]:
     """Lines for people."""
     return [
-        f"{folder}: a {exported.family} model, {exported.weight_bytes:,} bytes of weights in {config.dtype}",
+        f"{folder}: {exported.family}, {exported.weight_bytes:,} bytes of weights in {config.dtype}",
         f"  {', '.join(exported.files)}",
         *(f"note: {note}" for note in exported.notes),
     ]

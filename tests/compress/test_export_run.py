@@ -59,7 +59,7 @@ def test_an_export_that_cannot_be_is_refused(trained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for argv, message in (
-        ([f"--model={tmp_path / 'nothing'}", f"--out={tmp_path / 'a'}"], "no config.json"),
+        ([f"--model={tmp_path / 'nothing'}", f"--out={tmp_path / 'a'}"], "neither a known name nor an existing path"),
         ([f"--model={trained}", f"--out={tmp_path / 'full'}"], "is not empty"),
         ([f"--model={trained}"], "--out"),
     ):

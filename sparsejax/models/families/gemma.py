@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsejax.io.family import Family, register_family
-from sparsejax.io.name_map import Entry, entry, linear, norm
+from sparsejax.io.name_map import Entry, norm
 from sparsejax.models.config import FFNConfig, ModelConfig, NormConfig, PositionConfig, RopeConfig
 from sparsejax.models.families.inverse import check_inverse
 from sparsejax.models.families.keys import (
@@ -21,23 +21,16 @@ from sparsejax.models.families.keys import (
     published_activation,
     published_layers,
 )
-from sparsejax.models.families.llama import read_heads
+from sparsejax.models.families.llama import SHARED_ENTRIES, decoder_family, read_heads
 from sparsejax.models.families.rotary_keys import read_layered_rope, read_rope, write_rope
 
 _BLOCK, _LAYER = "blocks.{layer}", "model.layers.{layer}"
 
 ENTRIES: tuple[Entry, ...] = (
-    entry("embed.table", "model.embed_tokens.weight"),
-    *norm("norm", "model.norm"),
-    *linear("head", "lm_head"),
-    *norm(f"{_BLOCK}.attn_norm", f"{_LAYER}.input_layernorm"),
+    *SHARED_ENTRIES,
     *norm(f"{_BLOCK}.attn_post_norm", f"{_LAYER}.post_attention_layernorm"),
     *norm(f"{_BLOCK}.mlp_norm", f"{_LAYER}.pre_feedforward_layernorm"),
     *norm(f"{_BLOCK}.mlp_post_norm", f"{_LAYER}.post_feedforward_layernorm"),
-    *norm(f"{_BLOCK}.attn.q_norm", f"{_LAYER}.self_attn.q_norm"),
-    *norm(f"{_BLOCK}.attn.k_norm", f"{_LAYER}.self_attn.k_norm"),
-    *(part for name in "qkvo" for part in linear(f"{_BLOCK}.attn.{name}", f"{_LAYER}.self_attn.{name}_proj")),
-    *(part for name in ("gate", "up", "down") for part in linear(f"{_BLOCK}.mlp.{name}", f"{_LAYER}.mlp.{name}_proj")),
 )
 
 # What a file that leaves the key out means: the text parts of Gemma 3 list only what differs from these.
@@ -162,16 +155,10 @@ def _family(
     to_published: Callable[[ModelConfig], dict[str, Any]],
     **options: Any,
 ) -> Family:
-    return Family(
-        name=name,
-        architecture=architecture,
-        to_config=to_config,
-        to_published=lambda config: check_inverse(config, to_published(config), to_config, name),
-        entries=lambda config: ENTRIES,
-        prefix="model.",
-        tied=(("embed.table", "lm_head.weight"),),
-        **options,
-    )
+    def checked(config: ModelConfig) -> dict[str, Any]:
+        return check_inverse(config, to_published(config), to_config, name)
+
+    return decoder_family(name, architecture, to_config, checked, ENTRIES, **options)
 
 
 register_family(_family("gemma2", "Gemma2ForCausalLM", _gemma2_config, _gemma2_published), "gemma2")

@@ -22,17 +22,18 @@ from sparsejax.models.families.rotary_keys import read_rope, write_rope
 
 _BLOCK, _LAYER = "blocks.{layer}", "model.layers.{layer}"
 
-ENTRIES: tuple[Entry, ...] = (
+# What every decoder that took Llama's names keeps; the norms around the feed-forward network differ.
+SHARED_ENTRIES: tuple[Entry, ...] = (
     entry("embed.table", "model.embed_tokens.weight"),
     *norm("norm", "model.norm"),
     *linear("head", "lm_head"),
     *norm(f"{_BLOCK}.attn_norm", f"{_LAYER}.input_layernorm"),
-    *norm(f"{_BLOCK}.mlp_norm", f"{_LAYER}.post_attention_layernorm"),
     *norm(f"{_BLOCK}.attn.q_norm", f"{_LAYER}.self_attn.q_norm"),
     *norm(f"{_BLOCK}.attn.k_norm", f"{_LAYER}.self_attn.k_norm"),
     *(part for name in "qkvo" for part in linear(f"{_BLOCK}.attn.{name}", f"{_LAYER}.self_attn.{name}_proj")),
     *(part for name in ("gate", "up", "down") for part in linear(f"{_BLOCK}.mlp.{name}", f"{_LAYER}.mlp.{name}_proj")),
 )
+ENTRIES = (*SHARED_ENTRIES, *norm(f"{_BLOCK}.mlp_norm", f"{_LAYER}.post_attention_layernorm"))
 
 
 def read_heads(keys: Keys, width: int, *, kv_heads: Any = REQUIRED, head_dim: int = 0) -> AttentionConfig:
@@ -189,23 +190,39 @@ def _qwen3_published(config: ModelConfig) -> dict[str, Any]:
     return {"model_type": "qwen3", **write_decoder(config), **bias, **write_switched_window(config)}
 
 
+def decoder_family(
+    name: str,
+    architecture: str,
+    to_config: Callable[[Mapping[str, Any]], ModelConfig],
+    to_published: Callable[[ModelConfig], dict[str, Any]],
+    entries: tuple[Entry, ...] = ENTRIES,
+    ignored: tuple[str, ...] = (),
+    **options: Any,
+) -> Family:
+    """A family whose checkpoints are laid out as Llama's: a base model `model.`, a head that may be tied."""
+    return Family(
+        name=name,
+        architecture=architecture,
+        to_config=to_config,
+        to_published=to_published,
+        entries=lambda config: entries,
+        prefix="model.",
+        ignored=("*.rotary_emb.inv_freq", *ignored),
+        tied=(("embed.table", "lm_head.weight"),),
+        **options,
+    )
+
+
 def _register(
     name: str,
     architecture: str,
     to_config: Callable[[Mapping[str, Any]], ModelConfig],
     to_published: Callable[[ModelConfig], dict[str, Any]],
 ) -> None:
-    family = Family(
-        name=name,
-        architecture=architecture,
-        to_config=to_config,
-        to_published=lambda config: check_inverse(config, to_published(config), to_config, name),
-        entries=lambda config: ENTRIES,
-        prefix="model.",
-        ignored=("*.rotary_emb.inv_freq",),
-        tied=(("embed.table", "lm_head.weight"),),
-    )
-    register_family(family, name)
+    def checked(config: ModelConfig) -> dict[str, Any]:
+        return check_inverse(config, to_published(config), to_config, name)
+
+    register_family(decoder_family(name, architecture, to_config, checked), name)
 
 
 _register("llama", "LlamaForCausalLM", _llama_config, _llama_published)

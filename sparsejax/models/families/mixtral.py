@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsejax.io.family import Family, register_family
+from sparsejax.io.family import register_family
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.families import llama
 from sparsejax.models.families.experts import expert_entries, experts_of, in_plain_terms, number_of_experts, read_feed
@@ -47,16 +47,6 @@ def _to_published(config: ModelConfig) -> dict[str, Any]:
 
 
 register_family(
-    Family(
-        name="mixtral",
-        architecture="MixtralForCausalLM",
-        to_config=_to_config,
-        to_published=_to_published,
-        entries=lambda config: ENTRIES,
-        experts=number_of_experts,
-        prefix="model.",
-        ignored=("*.rotary_emb.inv_freq",),
-        tied=(("embed.table", "lm_head.weight"),),
-    ),
+    llama.decoder_family("mixtral", "MixtralForCausalLM", _to_config, _to_published, ENTRIES, experts=number_of_experts),
     "mixtral",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsejax.io.family import Family, register_family
+from sparsejax.io.family import register_family
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.families import llama
 from sparsejax.models.families.experts import experts_of, in_plain_terms, number_of_experts, read_feed
@@ -46,17 +46,7 @@ def _to_published(config: ModelConfig) -> dict[str, Any]:
     return check_inverse(config, published, _to_config, "olmoe")
 
 
+ENTRIES = (*llama.ENTRIES, *EXPERT_ENTRIES)
 register_family(
-    Family(
-        name="olmoe",
-        architecture="OlmoeForCausalLM",
-        to_config=_to_config,
-        to_published=_to_published,
-        entries=lambda config: (*llama.ENTRIES, *EXPERT_ENTRIES),
-        experts=number_of_experts,
-        prefix="model.",
-        ignored=("*.rotary_emb.inv_freq",),
-        tied=(("embed.table", "lm_head.weight"),),
-    ),
-    "olmoe",
+    llama.decoder_family("olmoe", "OlmoeForCausalLM", _to_config, _to_published, ENTRIES, experts=number_of_experts), "olmoe"
 )

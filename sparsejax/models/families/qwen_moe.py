@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from sparsejax.io.family import Family, register_family
+from sparsejax.io.family import register_family
 from sparsejax.io.name_map import Transposed, entry, linear
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.families import llama
@@ -120,25 +120,10 @@ def _write_common(config: ModelConfig, spec: Any) -> dict[str, Any]:
     }
 
 
-def _register(
-    name: str,
-    architecture: str,
-    to_config: Callable[[Mapping[str, Any]], ModelConfig],
-    to_published: Callable[[ModelConfig], dict[str, Any]],
-) -> None:
-    family = Family(
-        name=name,
-        architecture=architecture,
-        to_config=to_config,
-        to_published=to_published,
-        entries=lambda config: (*llama.ENTRIES, *EXPERT_ENTRIES, *SHARED_ENTRIES),
-        experts=number_of_experts,
-        prefix="model.",
-        ignored=("*.rotary_emb.inv_freq",),
-        tied=(("embed.table", "lm_head.weight"),),
-    )
-    register_family(family, name)
+ENTRIES = (*llama.ENTRIES, *EXPERT_ENTRIES, *SHARED_ENTRIES)
 
-
-_register("qwen2_moe", "Qwen2MoeForCausalLM", _qwen2_config, _qwen2_published)
-_register("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_config, _qwen3_published)
+for _name, _architecture, _read, _write in (
+    ("qwen2_moe", "Qwen2MoeForCausalLM", _qwen2_config, _qwen2_published),
+    ("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_config, _qwen3_published),
+):
+    register_family(llama.decoder_family(_name, _architecture, _read, _write, ENTRIES, experts=number_of_experts), _name)

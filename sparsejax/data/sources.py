@@ -6,6 +6,7 @@ that reads its data at first use. `content` says what it holds: `text` (document
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import os
 import sysconfig
@@ -104,15 +105,15 @@ def hash_documents(splits: Sequence[Sequence[str]]) -> str:
     return digest.hexdigest()
 
 
-class LoadedText:
+class LoadedText(abc.ABC):
     """A text corpus that fits in memory; `load` is called once, at first use."""
 
     content: ClassVar[str] = "text"
     name: str
 
+    @abc.abstractmethod
     def load(self) -> dict[str, list[str]]:
         """Documents by split."""
-        raise NotImplementedError
 
     @cached_property
     def _splits(self) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ the generator. Ids from 0 to 3 are shared by all tasks; a task's own symbols sta
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
@@ -32,7 +33,7 @@ class SymbolExample(NamedTuple):
     label: int = -1
 
 
-class SymbolTask:
+class SymbolTask(abc.ABC):
     """What the synthetic tasks share: a source whose examples are generated, not read."""
 
     content: ClassVar[str] = "symbols"
@@ -50,25 +51,25 @@ class SymbolTask:
         return repr(self)
 
     @property
+    @abc.abstractmethod
     def vocab_size(self) -> int:
         """Ids in use, the shared ones included."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def least_length(self) -> int:
         """The shortest row that holds an example."""
-        raise NotImplementedError
 
     def example(self, seed: int, split: str, index: int, length: int) -> SymbolExample:
         """Example number `index` of a split, in a row of `length` tokens."""
         return self.generate(generator(seed, f"{self.name}/{split}", index), length, split)
 
-    def generate(self, random: np.random.Generator, length: int, split: str) -> SymbolExample:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def generate(self, random: np.random.Generator, length: int, split: str) -> SymbolExample: ...
 
+    @abc.abstractmethod
     def answers(self, tokens: np.ndarray) -> np.ndarray:
         """int32[T]: the determined target at each position of a row of tokens, `NO_ANSWER` where there is none."""
-        raise NotImplementedError
 
 
 def _row(sequence: np.ndarray, answer: np.ndarray, length: int, label: int = -1) -> SymbolExample:

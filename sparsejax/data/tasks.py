@@ -6,6 +6,7 @@ on (seed, index of the row). See `RowLayout` for the arrays of each model kind.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -38,7 +39,7 @@ class RowLayout(NamedTuple):
         return shapes
 
 
-class TextTask:
+class TextTask(abc.ABC):
     """What the tasks on text share; a task says which model kinds it trains."""
 
     content: ClassVar[tuple[str, ...]] = ("text",)
@@ -48,16 +49,16 @@ class TextTask:
         """Sentinel ids that the tokenizer must have."""
         return 0
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:  # noqa: B027  (most need nothing)
         """Raise a ConfigError where the tokenizer lacks what the task needs."""
 
     def shapes(self, length: int, model_kind: str) -> Shapes:
         """Name -> (shape of one row, dtype)."""
         return RowLayout(length).shapes()
 
+    @abc.abstractmethod
     def row(self, packed: PackedRow, random: np.random.Generator, tokenizer: Tokenizer, length: int, model_kind: str) -> Row:
         """One row of a batch."""
-        raise NotImplementedError
 
 
 def _padded(values: np.ndarray, length: int, fill: int = 0) -> np.ndarray:

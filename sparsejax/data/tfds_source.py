@@ -7,6 +7,7 @@ files.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Part(Sequence[Any]):
         return self._decode(self._source[self._start + int(index)])
 
 
-class PreparedSet:
+class PreparedSet(abc.ABC):
     """A prepared TFDS data set; opening it reads its description alone, no examples."""
 
     def __init__(self, builder: Any):
@@ -64,8 +65,8 @@ class PreparedSet:
         except (AssertionError, NotImplementedError, OSError, ValueError, KeyError) as error:
             raise ConfigError(f"data.source = {self.name!r}: split {split!r} cannot be read: {error}") from error
 
-    def decode(self, example: dict[str, Any]) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def decode(self, example: dict[str, Any]) -> Any: ...
 
     @cached_property
     def fingerprint(self) -> str:

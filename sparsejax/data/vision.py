@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import gzip
 import hashlib
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ class ImageSet(Protocol):
         ...
 
 
-class LoadedImages:
+class LoadedImages(abc.ABC):
     """An image set that fits in memory: `load` returns split -> (uint8[N, H, W, C], int[N]), called once, at first use."""
 
     content: ClassVar[str] = "images"
@@ -48,8 +49,8 @@ class LoadedImages:
     num_classes: int
     maximum: int = 255  # the pixel value that becomes 1.0
 
-    def load(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def load(self) -> dict[str, tuple[np.ndarray, np.ndarray]]: ...
 
     @cached_property
     def _splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ Params = dict[str, Array]
 NORMAL = NormalDist()
 
 
-class Nonlinearity:
+class Nonlinearity(abc.ABC):
     """What every spec has; subclasses are frozen dataclasses whose fields are the published constants.
 
     gated: takes (g, u), so that the FFN has a gate and an up map.
@@ -36,12 +37,12 @@ class Nonlinearity:
         """Initial values of what is learned, float32 scalars or [width] vectors; {} for a fixed function."""
         return {}
 
-    def validate(self, features: int, field: str) -> None:
+    def validate(self, features: int, field: str) -> None:  # noqa: B027  (most suit any width)
         """Raise a ConfigError, naming `field`, where a hidden width of `features` does not suit."""
 
+    @abc.abstractmethod
     def __call__(self, params: Params, z: Array, u: Any = None) -> Array:
         """The hidden vector [..., F]; z is [..., F] ([..., 2 F] where `halves`), u like z and given only where `gated`."""
-        raise NotImplementedError
 
 
 def wide(x: Array) -> Array:

@@ -57,7 +57,7 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
     from sparsejax.io.load import load
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p)
-    generator = TextGenerator(load(flags.model, dtype=flags.dtype))
+    generator = TextGenerator(load(flags.model, dtype=flags.dtype), consume=True)
     prompts = [generator.encode(prompt) if isinstance(prompt, str) else generator.encode_chat(prompt) for prompt in asked]
     generator.check_room(prompts, flags.max_new_tokens)
     started = time.perf_counter()

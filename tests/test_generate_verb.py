@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,7 +49,11 @@ def tiny_model(name="tiny", **changes):
 def tiny_everywhere(monkeypatch):
     """`load` gives the model that a test put under a name; the probe of the memory is small."""
     models = {"tiny": tiny_model()}
-    monkeypatch.setattr(sparsejax.io.load, "load", lambda name, dtype="float32": models[name])
+
+    def load(name, dtype="float32"):  # arrays of its own each time, as the real one: the verb takes them from the model
+        return dataclasses.replace(models[name], values=jax.tree.map(jnp.copy, models[name].values))
+
+    monkeypatch.setattr(sparsejax.io.load, "load", load)
     monkeypatch.setattr(decode_speed.Probe.__init__, "__defaults__", (2**20,))
     return models
 

@@ -24,12 +24,13 @@ class TextGenerator:
       ConfigError: the model predicts no next token, or has no tokenizer.
     """
 
-    def __init__(self, model: Model, *, serving: bool = True, cache_format: str = "dense"):
+    def __init__(self, model: Model, *, serving: bool = True, consume: bool = False, cache_format: str = "dense"):
         """Prepare a model.
 
         Args:
           model: that predicts the next token.
-          serving: whether its weights are laid out anew for decoding; the model stays as it is.
+          serving: whether its weights are laid out anew for decoding.
+          consume: whether they may be taken from the model, which cannot be used afterwards, so that memory never holds both.
           cache_format: a spec of registry kind "cache".
         """
         where = f"--model = {model.name!r}"
@@ -39,8 +40,9 @@ class TextGenerator:
         check(model.tokenizer is not None, f"{where}: tokenizer", None, "a model without a tokenizer generates no text")
         assert model.tokenizer is not None
         self.model, self.tokenizer = model, model.tokenizer
-        form = serving_form(model.structure, model.values) if serving else (model.structure, model.values)
-        self.structure, self.values = form
+        self.structure, self.values = model.structure, model.values
+        if serving:
+            self.structure, self.values = serving_form(model.structure, model.values, consume=consume)
         self.decoder = decoder(self.structure, cache_format)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from sparsejax.io.gguf import open_gguf
 from sparsejax.io.gguf_tokenizer import tokenizer_from_gguf
 from sparsejax.io.hf_folder import HfFiles, read_hf
 from sparsejax.io.hub import Located, resolve
-from sparsejax.io.model import Model
+from sparsejax.io.model import Model, computed_in
 from sparsejax.io.safetensors_file import open_safetensors
 from sparsejax.io.sentence_embedding import read_sentence_embedding
 from sparsejax.io.tensors import TensorSource
@@ -47,7 +46,7 @@ def _published(
 ) -> dict[str, Any]:
     """The fields of a Model that a published config and its tensors decide."""
     family = family_of(published, str(located.path))
-    config = dataclasses.replace(family.to_config(published), dtype=dtype, residual_dtype="float32")
+    config = computed_in(family.to_config(published), dtype)
     if located.kind == "hf":
         config = sparsity_config.applied(config, located.path)
     structure, values = load_values(config, family, source, dtype=dtype, mesh=mesh)

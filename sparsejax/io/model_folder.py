@@ -19,7 +19,7 @@ from sparsejax import config_text, nnx_compat
 from sparsejax.arrays import WEIGHT_ARRAYS
 from sparsejax.io import model_json
 from sparsejax.io.files import refuse_unless
-from sparsejax.io.model import Model
+from sparsejax.io.model import Model, computed_in
 from sparsejax.io.safetensors_file import open_safetensors, write_safetensors
 from sparsejax.io.tensors import TensorSource
 from sparsejax.models.config import ModelConfig
@@ -84,7 +84,7 @@ def load(folder: Path | str, *, name: str = "", dtype: str = "float32", mesh: Me
     found = model_json.read(folder)
     where = str(folder / model_json.MODEL_JSON)
     check_choice(f"{where}: weights.stored", found.weights.get("stored"), (STORED,))
-    config = dataclasses.replace(config_text.from_values(found.config, ModelConfig, where), dtype=dtype)
+    config = computed_in(config_text.from_values(found.config, ModelConfig, where), dtype)
     structure, shapes = _abstract(config, where)
     source, described = open_safetensors(folder), found.weights.get("arrays", {})
     check(isinstance(described, dict), f"{where}: weights.arrays", described, "expected an object")

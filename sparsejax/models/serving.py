@@ -76,7 +76,7 @@ def _layers(stacked: Any, repeats: int, consume: bool) -> Iterator[Any]:
     separate = []
     for leaf in leaves:
         separate.append([leaf[layer : layer + 1] for layer in range(repeats)])
-        if consume:
+        if consume and repeats > 1:  # the whole of an array of one layer is that array, not a copy
             jax.block_until_ready(separate[-1])
             leaf.delete()
     for layer in range(repeats):

@@ -166,15 +166,15 @@ def _choose(resume: str, folder: Path) -> Choice:
     if resume == "auto":
         completed = [f"{folder / str(step)}: complete but for its last rename, made now" for step in files.adopt(folder)]
         nothing = Choice(None, None, [*_unfinished(folder), f"no checkpoint in {folder}: starting from step 0"])
-        choice = _newest(folder) or nothing
+        choice = newest(folder) or nothing
         return choice._replace(considered=completed + choice.considered)
     if resume.startswith("step="):
         return _at_step(resume.removeprefix("step="), folder)
     return _at_path(resume)
 
 
-def _newest(folder: Path) -> Choice | None:
-    """The newest good checkpoint of a folder; None when no save was ever finished."""
+def newest(folder: Path) -> Choice | None:
+    """The newest good checkpoint of a folder, which is left as it is; None when no save was ever finished."""
     considered = _unfinished(folder)
     found = files.steps(folder)
     for step in reversed(found):
@@ -211,7 +211,7 @@ def _at_path(resume: str) -> Choice:
         raise CheckpointError(f"--resume {resume}: neither auto, never, step=N nor a folder.{hint}")
     for holder in (path / "checkpoints", path):
         if files.steps(holder):
-            choice = _newest(holder)
+            choice = newest(holder)
             assert choice is not None
             return choice
     problem = files.damage(path)

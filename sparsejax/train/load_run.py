@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from sparsejax import config_text
 from sparsejax.config import ExperimentConfig
 from sparsejax.io import model_json
-from sparsejax.io.model import Model
+from sparsejax.io.model import Model, computed_in
 from sparsejax.plugs import ConfigError, check
 from sparsejax.train import optim
-from sparsejax.train.checkpoint import choose, read_record, restore
+from sparsejax.train.checkpoint import newest, read_record, restore
 from sparsejax.train.setup import state_shardings
 from sparsejax.train.state import abstract_model, cast_for_compute, init_state
 
@@ -35,8 +35,9 @@ def load_run(folder: Path | str, *, name: str = "", dtype: str = "float32", mesh
     config = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
     described = model_json.read(folder)
     config.model = config_text.from_values(described.config, type(config.model), str(folder / model_json.MODEL_JSON))
-    choice = choose("auto", folder / "checkpoints")
-    if choice.path is None:
+    # `choose` would finish the last rename of a save, which may be that of a run still under way.
+    choice = newest(folder / "checkpoints")
+    if choice is None or choice.path is None:
         raise ConfigError(f"--model = {str(folder)!r}: holds no finished checkpoint; train it first, or longer")
     structure, _ = abstract_model(config.model)
     transformation = optim.optimizer(config.optimizer, config.steps, structure)
@@ -48,12 +49,12 @@ def load_run(folder: Path | str, *, name: str = "", dtype: str = "float32", mesh
         abstract = jax.tree.map(lambda s, to: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=to), abstract, shardings)
     state = restore(choice.path, abstract)
     values = state.average or optim.evaluated(config.optimizer, state.optimizer, state.trainable)
-    config.model.dtype = dtype
-    structure, _ = abstract_model(config.model)
+    model = computed_in(config.model, dtype)
+    structure, _ = abstract_model(model)
     step = read_record(choice.path).step
     return Model(
         name or str(folder),
-        config.model,
+        model,
         structure,
         jax.jit(lambda v: cast_for_compute(structure, v, dtype))(values) if jnp.dtype(dtype) != jnp.float32 else values,
         described.tokenizer,

@@ -146,20 +146,28 @@ def _zero_straight_through(values: Array, mask: Array) -> Array:
 _zero_straight_through.defvjp(lambda values, mask: (jnp.where(mask, values, 0), None), lambda _, g: (g, None))
 
 
-def matmul(x: Any, w: Any, *, groups: Int[Array, " E"] | None = None, out_dtype: Any = None) -> Array:
+def matmul(
+    x: Any,
+    w: Any,
+    *,
+    groups: Int[Array, " E"] | None = None,
+    outputs: Bool[Array, "... out"] | None = None,
+    out_dtype: Any = None,
+) -> Array:
     """y = x @ w by the kernel that fits the operands' types.
 
     Args:
       x: [..., in], or [E, C, in] against a w with a leading expert axis, or rows [N, in] sorted by expert with `groups`.
       w: [in, out] or [E, in, out].
       groups: rows of x per expert; rows beyond their sum give zeros.
+      outputs: the outputs that are wanted; the others are zeros.
       out_dtype: of the result; default x's. Products are accumulated in float32 (int32 for integers) whatever it is.
     Returns:
       [..., out]. While an operand carries a surrogate, gradients go straight through its quantizer (fake-quant gradients).
     """
-    if _surrogate(x) is not None or _surrogate(w) is not None:
-        return _straight_through(x, w, groups, out_dtype)
-    return _dispatch(x, w, groups, out_dtype)
+    product = _dispatch if _surrogate(x) is None and _surrogate(w) is None else _straight_through
+    y = product(x, w, groups, out_dtype)
+    return y if outputs is None else jnp.where(outputs, y, 0)
 
 
 def expert_of_rows(groups: Int[Array, " E"], rows: int) -> Int[Array, " rows"]:

@@ -39,6 +39,7 @@ class Context(NamedTuple):
     positions, segment_ids, prefix: int[B, T] of the tokens (see data/pipeline); segment 0 is padding.
     memory, memory_segment_ids: the encoder's output [B, S, D] and its segments, for cross-attention.
     tables: per-forward tensors that layers share (rotary cos and sin, relative bias).
+    sparsify: bool[B, T]: the tokens at which activation sparsity acts; None: at all of them.
     probes: what to measure, see Probe.
     """
 
@@ -53,12 +54,17 @@ class Context(NamedTuple):
     memory: Any = None
     memory_segment_ids: Any = None
     tables: Mapping[str, Any] = {}
+    sparsify: Any = None
     probes: tuple[Probe, ...] = ()
 
     @property
     def token_mask(self) -> Any:
         """bool[B, T], False at padding; None when there is no padding."""
         return None if self.segment_ids is None else self.segment_ids > 0
+
+    def kept(self, mask: Any) -> Any:
+        """mask bool[B, T, in], all True at the tokens that activation sparsity leaves alone."""
+        return mask if self.sparsify is None else mask | ~self.sparsify[..., None]
 
     def key(self, site: str) -> Any:
         """This layer's and site's own random key."""

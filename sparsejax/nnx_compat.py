@@ -20,7 +20,7 @@ data = nnx.data
 
 _READ_ONLY: contextvars.ContextVar[bool] = contextvars.ContextVar("read_only", default=False)
 
-ROLES = ("matrix", "embedding", "norm", "router", "scale", "adapter", "bias", "nonlinearity")
+ROLES = ("matrix", "embedding", "norm", "router", "scale", "adapter", "bias", "nonlinearity", "fitted")
 COMPUTE_ROLES = ("matrix", "embedding", "adapter", "bias")  # held in the compute dtype; the others stay in float32
 
 

@@ -68,7 +68,7 @@ def packed_values(structure: Structure, values: dict[str, Any], dtype: str) -> d
     for path, node in nodes:
         if isinstance(node, Linear) and node.weights:
             kernel = node.kernel.get_value()
-            for op in node.weights:
+            for op in node.weights.values():
                 kernel = op(kernel, SERVING)
             if isinstance(kernel, QTensor):
                 at(packed, _names(path))["kernel"] = kernel

@@ -82,9 +82,11 @@ def perplexity(
       advance: called with the number of tokens finished since the last call.
     """
     tokens = windows.tokens
-    targets = tokens.shape[1] - 1
-    nll = scorer.score([Row(row, 1) for row in tokens], advance).nll
-    num_bytes = token_bytes[tokens[:, 1:]].sum(axis=1, dtype=np.float64)
+    start = scorer.scope.first_scored(tokens.shape[1]) + 1
+    targets = tokens.shape[1] - start
+    check(targets > 0, "--scope", scorer.scope, f"leaves no target of a window of {tokens.shape[1]} tokens")
+    nll = scorer.score([Row(row, start) for row in tokens], advance).nll
+    num_bytes = token_bytes[tokens[:, start:]].sum(axis=1, dtype=np.float64)
     found = summarise({"nll": nll, "weight": np.full(len(nll), float(targets)), "bytes": num_bytes})
     return Perplexity(
         loss=found.loss,

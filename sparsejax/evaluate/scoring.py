@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import nnx_compat
 from sparsejax.context import Context
+from sparsejax.evaluate.scope import Scope
 from sparsejax.io.model import Model
 from sparsejax.plugs import check
 
@@ -57,12 +58,13 @@ class Bucket(NamedTuple):
 class Scorer:
     """Scores rows under a causal language model; what it compiled stays, so that further data of the same shapes is free."""
 
-    def __init__(self, model: Model, batch: int = 0):
+    def __init__(self, model: Model, batch: int = 0, scope: Scope = Scope()):
         """Check the model.
 
         Args:
           model: a decoder that predicts tokens.
           batch: rows per forward pass; 0: as many as `BATCH_TOKENS` allow.
+          scope: at which tokens of a row activation sparsity acts.
         Raises:
           ConfigError: not a causal language model, or a negative batch.
         """
@@ -71,7 +73,7 @@ class Scorer:
         check(config.kind == "decoder" and config.head and not config.num_classes, "--model", model.name,
               f"is {what}; likelihoods of text need a decoder that predicts the next token")
         check(batch >= 0, "--batch", batch, "must be 0 (chosen by length) or more")
-        self.model, self.batch = model, batch
+        self.model, self.batch, self.scope = model, batch, scope
         self.compiled_shapes: list[tuple[int, ...]] = []  # (batch, length, scored) of each program traced so far
         self._step = jax.jit(self._trace, static_argnames="whole")
 
@@ -107,12 +109,22 @@ class Scorer:
             for begin in range(0, len(bucket.rows), bucket.batch):
                 chosen = bucket.rows[begin : begin + bucket.batch]
                 arrays = pack([rows[i] for i in chosen], bucket)
-                pending.append((chosen, self._step(self.model.values, *arrays, whole=bucket.scored == bucket.length)))
+                sparse = self._sparse([len(rows[i].tokens) for i in chosen], bucket)
+                whole = bucket.scored == bucket.length
+                pending.append((chosen, self._step(self.model.values, *arrays, sparse, whole=whole)))
                 if len(pending) > (platform != "cpu"):  # one batch ahead; on CPU two would compete for the cores
                     finish()
         while pending:
             finish()
         return Scores(nll, greedy)
+
+    def _sparse(self, lengths: Sequence[int], bucket: Bucket) -> np.ndarray | None:
+        """bool[batch, length], see `Context.sparsify`; None where the scope is all tokens."""
+        if self.scope == Scope():
+            return None
+        first = np.zeros(bucket.batch, np.int32)
+        first[: len(lengths)] = [self.scope.first_sparse(length) for length in lengths]
+        return np.arange(bucket.length) >= first[:, None]
 
     def _trace(
         self,
@@ -121,11 +133,12 @@ class Scorer:
         positions: Int[Array, "B C"],
         targets: Int[Array, "B C"],
         counted: Bool[Array, "B C"],
+        sparse: Bool[Array, "B T"] | None,
         whole: bool,
     ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
         self.compiled_shapes.append((*tokens.shape, targets.shape[1]))
         module = nnx_compat.merge(self.model.structure, values)
-        h, _, _ = module.features({"tokens": tokens}, Context(mode="prefill"))
+        h, _, _ = module.features({"tokens": tokens}, Context(mode="prefill", sparsify=sparse))
         if not whole:
             h = jnp.take_along_axis(h, positions[..., None], axis=1)
         nll, hit = token_scores(module.logits, h.reshape(-1, h.shape[-1]), targets.reshape(-1), self.model.config.vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 from sparsejax import nnx_compat
 from sparsejax.data.tokenizers import Tokenizer
 from sparsejax.io.name_map import Slot, parameter_slots
+from sparsejax.layers.op import FIELDS
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.site_rules import check_sites
 from sparsejax.models.transformer import Transformer
 from sparsejax.nnx_compat import Structure
+from sparsejax.plugs import check
 
 
 def computed_in(config: ModelConfig, dtype: str) -> ModelConfig:
@@ -49,42 +52,82 @@ class Model:
     chat_template: str | None = None
     source: dict[str, Any] = field(default_factory=dict)
 
-    def with_rules(self, inputs: tuple[str, ...] = (), weights: tuple[str, ...] = ()) -> Model:
-        """The same parameters under other rules (`"SITE_GLOB=OP|OP"`, see `ModelConfig.inputs` and `.weights`).
+    def with_rules(self, arrays: Mapping[str, Any] | None = None, **rules: tuple[str, ...]) -> Model:
+        """The same parameters under other rules; those of a field that is not given are dropped.
 
-        Layers that a rule singles out leave their scanned stack; the arrays are stacked anew where that happens.
-
+        Args:
+          arrays: by name, `SITE.FIELD.NUMBER.NAME` as in `blocks.3.mlp.down.inputs.0.threshold`: what ops are fitted to; ops
+            that the model has already keep theirs.
+          rules: by field of `ModelConfig` (`inputs`, `weights`, `neurons`, `residuals`): `("SITE_GLOB=OP|OP", ...)`.
         Raises:
-          ConfigError: a rule that does not parse, names an unknown op, or fits no linear map.
+          ConfigError: a rule that does not parse, names an unknown op, or fits no site; an array that is missing or misshapen.
         """
-        config = dataclasses.replace(self.config, inputs=inputs, weights=weights)
+        changed: dict[str, Any] = {field: rules.get(field, ()) for field in FIELDS}
+        return self.rebuilt(dataclasses.replace(self.config, **changed), arrays or {})
+
+    def rebuilt(self, config: ModelConfig, arrays: Mapping[str, Any]) -> Model:
+        """This model under another config: parameters by name from `arrays`, else as they are.
+
+        Layers that a rule singles out leave their scanned stack; arrays are stacked anew only where something changes them.
+
+        Args:
+          config: finalized.
+          arrays: by parameter name, layers written out (`io.name_map.parameter_slots`).
+        Raises:
+          ConfigError: rules that do not fit, a parameter that neither has, a name that the new model lacks, another shape.
+        """
         check_sites(config)
         structure, shapes = nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
-        values = self.values
-        if structure.paths != self.structure.paths:
-            old = parameter_slots(self.module(), self.structure.paths)
-            new = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
-            values = _restacked(values, old, new)
+        old = parameter_slots(self.module(), self.structure.paths)
+        new = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
+        missing = sorted(set(new) - set(old) - set(arrays))
+        check(not missing, "arrays", missing[:8], "are parameters of the new model that have no value")
+        unknown = sorted(set(arrays) - set(new))
+        check(not unknown, "arrays", unknown[:8], "are no parameters of the new model")
+        values = _restacked(self.values, arrays, old, new)
+        for path in structure.paths:
+            found, wanted = nnx_compat.at(values, path).shape, nnx_compat.at(shapes, path).shape
+            check(tuple(found[-2:]) == tuple(wanted[-2:]), ".".join(path), found, f"the model needs {wanted}")
         return dataclasses.replace(self, config=config, structure=structure, values=values)
+
+    def parameter(self, name: str) -> Any:
+        """A parameter by its name with layers written out, e.g. `blocks.3.attn.q.kernel`."""
+        slot = parameter_slots(self.module(), self.structure.paths)[name]
+        return _row(nnx_compat.at(self.values, slot.path), slot.row)
 
     def module(self) -> Transformer:
         """The model as a module; inside jit build it from the traced values instead: `nnx_compat.merge(structure, values)`."""
         return nnx_compat.merge(self.structure, self.values)
 
 
-def _restacked(values: dict[str, Any], old: dict[str, Slot], new: dict[str, Slot]) -> dict[str, Any]:
-    """Parameters of the old slots in the new ones."""
+def _row(stacked: Any, row: int | None) -> Any:
+    return stacked if row is None else jax.tree.map(lambda a: a[row], stacked)
+
+
+def _restacked(values: dict[str, Any], arrays: Mapping[str, Any], old: dict[str, Slot], new: dict[str, Slot]) -> dict[str, Any]:
+    """Parameters of the old slots, or of `arrays`, in the new ones; what neither changes nor moves is not copied."""
+    names_at = _names_by_path(new)
+    before = _names_by_path(old)
 
     def layer(name: str) -> Any:
-        found = nnx_compat.at(values, old[name].path)
-        return found if old[name].row is None else jax.tree.map(lambda a: a[old[name].row], found)
+        return arrays[name] if name in arrays else _row(nnx_compat.at(values, old[name].path), old[name].row)
 
-    rows: dict[tuple[str, ...], list[tuple[int | None, str]]] = {}
-    for name, slot in new.items():
-        rows.setdefault(slot.path, []).append((slot.row, name))
     stacked: dict[str, Any] = {}
-    for path, members in rows.items():
-        layers = [layer(name) for _, name in sorted(members, key=lambda member: member[0] or 0)]
-        whole = layers[0] if members[0][0] is None else jax.tree.map(lambda *a: jnp.stack(a), *layers)
+    for path, names in names_at.items():
+        source = old[names[0]].path if names[0] in old else ()
+        if before.get(source) == names and arrays.keys().isdisjoint(names):
+            whole = nnx_compat.at(values, source)
+        elif new[names[0]].row is None:
+            whole = layer(names[0])
+        else:
+            whole = jax.tree.map(lambda *a: jnp.stack(a), *map(layer, names))
         nnx_compat.put(stacked, path, whole)
     return stacked
+
+
+def _names_by_path(slots: dict[str, Slot]) -> dict[tuple[str, ...], list[str]]:
+    """The parameters of each array in the order of its rows."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, slot in sorted(slots.items(), key=lambda item: item[1].row or 0):
+        found.setdefault(slot.path, []).append(name)
+    return found

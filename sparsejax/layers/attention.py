@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 from sparsejax.context import Context, Stat, merge_stats
 from sparsejax.layers.cache import Keys, KVCache, empty_cache
 from sparsejax.layers.fused import Fused
-from sparsejax.layers.linear import Init, Linear, SiteRules
+from sparsejax.layers.linear import Init, Linear
 from sparsejax.layers.norm import Norm
+from sparsejax.layers.op import SiteRules
 from sparsejax.models.config import ModelConfig, NormConfig
 from sparsejax.nnx_compat import Module
 from sparsejax.ops.attend import attend, attention_entropy
@@ -32,6 +33,7 @@ class Attention(Module):
     def __init__(self, config: ModelConfig, *, key: Array, site: str, rules: SiteRules, kind: str, causal: bool):
         a = config.attention
         self.kind, self.causal = kind, causal
+        self.part = "cross" if kind == "cross" else "attn"
         self.heads, self.kv_heads, self.head_dim = a.num_heads, a.num_kv_heads, a.head_dim
         self.window = a.window if kind == "local" else 0
         self.softcap, self.backend = a.softcap, a.backend
@@ -59,7 +61,7 @@ class Attention(Module):
     def __call__(
         self, x: Float[Array, "B T D"], ctx: Context, cache: KVCache | None
     ) -> tuple[Float[Array, "B T D"], dict[str, Any], KVCache | None]:
-        q, k, v = self._project(x, ctx)
+        (q, k, v), entered = self._project(x, ctx)
         if self.rotary:
             tables = ctx.tables[f"rope.{self.kind}"]
             q, k = apply_rope(q, *tables), apply_rope(k, *tables)
@@ -76,8 +78,8 @@ class Attention(Module):
             stats = self._entropy(q, held.k.transpose(0, 2, 1, 3), bias, self._visible_keys(held, ctx), ctx)
         batch, length = x.shape[:2]
         out = out.reshape(batch, length, self.heads * self.head_dim)
-        stats = merge_stats(stats, ctx.measure("attn.out", out))
-        return self.o(out, ctx), stats, cache
+        y, left = self.o.measured(out, ctx, f"{self.part}.o")
+        return y, merge_stats(entered, stats, ctx.measure("attn.out", out), left), cache
 
     def empty_cache(self, batch: int, length: int, dtype: Any, format_spec: str) -> KVCache:
         """This layer's cache for `length` tokens; a local layer keeps about its window."""
@@ -85,18 +87,23 @@ class Attention(Module):
         shape = dict(heads=self.kv_heads, head_dim=self.head_dim)
         return empty_cache(format_spec, batch, length, **shape, dtype=dtype, window=window)
 
-    def _project(self, x: Array, ctx: Context) -> tuple[Array, Array, Array]:
-        """Queries of x, keys and values of x or of the memory, [B, T, heads, K]."""
+    def _project(self, x: Array, ctx: Context) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
+        """Queries of x, keys and values of x or of the memory, [B, T, heads, K]; and what was measured of what entered."""
         if self.qkv is not None:
             q, k, v = self.qkv(x, ctx)
+            found = [ctx.measure(f"{self.part}.{name}", x) for name in "qkv"]
         else:
             source = ctx.memory if self.kind == "cross" else x
-            q, k, v = self.q(x, ctx), self.k(source, ctx), self.v(source, ctx)
-        return (
+            q, entered_q = self.q.measured(x, ctx, f"{self.part}.q")
+            k, entered_k = self.k.measured(source, ctx, f"{self.part}.k")
+            v, entered_v = self.v.measured(source, ctx, f"{self.part}.v")
+            found = [entered_q, entered_k, entered_v]
+        heads = (
             self._heads(q, self.heads, self.q_norm),
             self._heads(k, self.kv_heads, self.k_norm),
             self._heads(v, self.kv_heads, None),
         )
+        return heads, merge_stats(*found)
 
     def _attend_keys(self, q: Array, keys: Keys, bias: Any, ctx: Context) -> Array:
         """Attention of the present tokens to keys of the cache."""

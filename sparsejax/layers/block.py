@@ -12,8 +12,8 @@ from sparsejax import plugs
 from sparsejax.context import Context, merge_stats
 from sparsejax.layers.attention import Attention
 from sparsejax.layers.cache import KVCache
-from sparsejax.layers.linear import SiteRules
 from sparsejax.layers.norm import Norm
+from sparsejax.layers.op import Op, SiteRules, apply, chain
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module, weight
 from sparsejax.parallel.rules import constrain
@@ -51,6 +51,9 @@ class Block(Module):
         self.attn_norm = Norm(config.d_model, config.norm)
         self.cross_norm = Norm(config.d_model, config.norm) if cross else None
         self.mlp_norm = Norm(config.d_model, config.norm)
+        skip: dict[str, Any] = dict(shape=(config.d_model, config.d_model), axes=("embed", "embed"))
+        self.skip_attn = chain(rules.at("residuals", f"{site}.residual.attn"), key=jax.random.fold_in(keys[0], 1), **skip)
+        self.skip_mlp = chain(rules.at("residuals", f"{site}.residual.mlp"), key=jax.random.fold_in(keys[2], 1), **skip)
         sandwiched = config.block == "sandwich"
         self.attn_post_norm = Norm(config.d_model, config.norm) if sandwiched else None
         self.mlp_post_norm = Norm(config.d_model, config.norm) if sandwiched else None
@@ -64,7 +67,7 @@ class Block(Module):
         delta = self._after(self.attn_post_norm, self.attn_scale, delta)
         if self.cross is None:
             return delta, stats, cache
-        middle = self._add(self.attn_norm, h, delta)
+        middle = self._add(self.attn_norm, h, delta, {}, ctx)
         crossed, _, _ = self.cross(self._before(self.cross_norm, middle), ctx, None)
         # For a post-norm block the caller's add normalises last with cross_norm, see __call__.
         return (middle - h) + crossed, stats, cache
@@ -78,11 +81,11 @@ class Block(Module):
         delta, mix_stats, cache = self.mix(h, ctx, cache)
         if self.arrangement == "parallel":
             fed, feed_stats = self.feed(h, ctx)
-            h = h + delta + fed
+            h = apply(self.skip_attn, h, ctx) + delta + fed
         else:
-            h = self._add(self.attn_norm if self.cross is None else self.cross_norm, h, delta)
+            h = self._add(self.attn_norm if self.cross is None else self.cross_norm, h, delta, self.skip_attn, ctx)
             fed, feed_stats = self.feed(h, ctx)
-            h = self._add(self.mlp_norm, h, fed)
+            h = self._add(self.mlp_norm, h, fed, self.skip_mlp, ctx)
         h = constrain(h, "batch", "length", "embed_activation")
         return h, merge_stats(mix_stats, feed_stats, ctx.measure("residual", h)), cache
 
@@ -94,5 +97,6 @@ class Block(Module):
         delta = delta if norm is None else norm(delta)
         return delta if scale is None else delta * scale.get_value().astype(delta.dtype).reshape(1, 1, -1)
 
-    def _add(self, norm: Norm | None, h: Delta, delta: Delta) -> Delta:
-        return norm(h + delta) if self.arrangement == "post" and norm is not None else h + delta
+    def _add(self, norm: Norm | None, h: Delta, delta: Delta, skip: dict[str, Op], ctx: Context) -> Delta:
+        total = apply(skip, h, ctx) + delta
+        return norm(total) if self.arrangement == "post" and norm is not None else total

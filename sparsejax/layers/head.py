@@ -7,8 +7,9 @@ from jaxtyping import Array, Bool, Float
 
 from sparsejax.context import Context
 from sparsejax.layers.ffn import Nonlinearity
-from sparsejax.layers.linear import Init, Linear, SiteRules
+from sparsejax.layers.linear import Init, Linear
 from sparsejax.layers.norm import Norm
+from sparsejax.layers.op import SiteRules
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module
 

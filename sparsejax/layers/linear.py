@@ -11,45 +11,9 @@ from jaxtyping import Array
 
 from sparsejax import plugs
 from sparsejax.arrays import expert_of_rows, matmul
-from sparsejax.context import Context, site_matches
+from sparsejax.context import Context, Stat
+from sparsejax.layers.op import SiteRules, apply, chain
 from sparsejax.nnx_compat import Module, Weight, weight
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteRules:
-    """Which activation ops and weight ops act at which linear map: (glob, ops), the first match wins."""
-
-    inputs: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    weights: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-
-    @classmethod
-    def parse(cls, inputs: tuple[str, ...], weights: tuple[str, ...]) -> SiteRules:
-        """Rules from config strings `"SITE_GLOB=OP|OP"`."""
-        return cls(_parse_rules("activation_op", inputs, "model.inputs"), _parse_rules("weight_op", weights, "model.weights"))
-
-    def inputs_at(self, site: str) -> tuple[Any, ...]:
-        return _first_match(self.inputs, site)
-
-    def weights_at(self, site: str) -> tuple[Any, ...]:
-        return _first_match(self.weights, site)
-
-    def boundaries(self) -> tuple[int, ...]:
-        """Steps at which an op changes what it does (`op.start`), sorted; a step is compiled for each interval."""
-        ops = [op for _, chain in (*self.inputs, *self.weights) for op in chain]
-        return tuple(sorted({op.start for op in ops if getattr(op, "start", 0) > 0}))
-
-
-def _parse_rules(kind: str, rules: tuple[str, ...], field: str) -> tuple[tuple[str, tuple[Any, ...]], ...]:
-    parsed = []
-    for index, rule in enumerate(rules):
-        glob, equals, chain = rule.partition("=")
-        plugs.check(equals and glob.strip() and chain.strip(), f"{field}[{index}]", rule, "expected 'SITE_GLOB=OP|OP'")
-        parsed.append((glob.strip(), plugs.resolve_chain(kind, chain, f"{field}[{index}]")))
-    return tuple(parsed)
-
-
-def _first_match(rules: tuple[tuple[str, tuple[Any, ...]], ...], site: str) -> tuple[Any, ...]:
-    return next((ops for glob, ops in rules if site_matches(glob, site)), ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,22 +62,27 @@ class Linear(Module):
         self.kernel = weight(init(key, (*lead, in_features, out_features)), (*lead_axes, *axes), role)
         zeros = jnp.zeros((*lead, out_features), jnp.float32)
         self.bias: Weight | None = weight(zeros, (*lead_axes, axes[1]), "bias") if bias else None
-        self.inputs = rules.inputs_at(site)
-        self.weights = rules.weights_at(site)
+        shape, all_axes = (*lead, in_features, out_features), (*lead_axes, *axes)
+        # Keys of their own: what an op draws leaves the kernel's draw as it was.
+        self.inputs = chain(rules.at("inputs", site), shape, all_axes, jax.random.fold_in(key, 1))
+        self.weights = chain(rules.at("weights", site), shape, all_axes, jax.random.fold_in(key, 2))
         self.out_dtype = out_dtype
 
     def encode(self, x: Any, ctx: Context) -> Any:
         """The operand that `product` multiplies: x after the activation ops of this site."""
-        for op in self.inputs:
-            x = op(x, ctx)
-        return x
+        return apply(self.inputs, x, ctx)
 
-    def product(self, operand: Any, ctx: Context, groups: Array | None = None, out_dtype: Any = None) -> Array:
-        """operand @ weight + bias; `groups` and `out_dtype` (default: the map's own) as in `arrays.matmul`."""
-        w = self.kernel.get_value()
-        for op in self.weights:
-            w = op(w, ctx)
-        y = matmul(operand, w, groups=groups, out_dtype=out_dtype or self.out_dtype or None)
+    def product(
+        self,
+        operand: Any,
+        ctx: Context,
+        groups: Array | None = None,
+        outputs: Array | None = None,
+        out_dtype: Any = None,
+    ) -> Array:
+        """operand @ weight + bias; `groups`, `outputs` and `out_dtype` (default: the map's own) as in `arrays.matmul`."""
+        w = apply(self.weights, self.kernel.get_value(), ctx)
+        y = matmul(operand, w, groups=groups, outputs=outputs, out_dtype=out_dtype or self.out_dtype or None)
         if self.bias is None:
             return y
         bias = self.bias.get_value().astype(y.dtype)
@@ -123,3 +92,10 @@ class Linear(Module):
 
     def __call__(self, x: Any, ctx: Context, groups: Array | None = None) -> Array:
         return self.product(self.encode(x, ctx), ctx, groups)
+
+    def measured(
+        self, x: Any, ctx: Context, site: str, groups: Array | None = None, outputs: Array | None = None
+    ) -> tuple[Array, dict[str, dict[str, Stat]]]:
+        """(y, what probes of `site` measured of the operand that was multiplied)."""
+        operand = self.encode(x, ctx)
+        return self.product(operand, ctx, groups, outputs), ctx.measure(site, operand)

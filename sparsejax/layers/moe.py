@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from sparsejax.context import Context, Stat
 from sparsejax.layers.ffn import FFN, Stats
-from sparsejax.layers.linear import Init, Linear, SiteRules
+from sparsejax.layers.linear import Init, Linear
+from sparsejax.layers.op import SiteRules
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module
 from sparsejax.ops.routers import (
@@ -101,14 +102,15 @@ class MoE(Module):
         sort, it would give all tokens to every device.
         """
 
-        def sort_and_run(experts: FFN, x: Array, chosen: Array, segment_ids: Array, positions: Array) -> tuple[Array, Stats]:
+        def sort_and_run(experts: FFN, x: Array, chosen: Array, *by_token: Array) -> tuple[Array, Stats]:
+            segment_ids = by_token[0]
             sent = dispatch_dropless(chosen.reshape(-1, self.k), segment_ids.reshape(-1) > 0, self.num_experts)
             rows = permute_rows(jnp.repeat(x.reshape(-1, x.shape[-1]), self.k, axis=0), sent.assignments, sent.rows)
-            layout = [_follow(a.reshape(1, -1), sent.assignments[None] // self.k)[0] for a in (segment_ids, positions)]
+            layout = [_follow(a.reshape(1, -1), sent.assignments[None] // self.k)[0] for a in by_token]
             y, stats = experts(rows, _dispatched(ctx, *layout), sent.groups)
             return permute_rows(y, sent.rows, sent.assignments).reshape(*chosen.shape, -1), stats
 
-        y, stats = _per_token_shard(sort_and_run, self.experts, x, routing.experts, ctx.segment_ids, ctx.positions)
+        y, stats = _per_token_shard(sort_and_run, self.experts, x, routing.experts, *_layout(ctx))
         return y, stats, jnp.zeros((), jnp.float32)
 
     def _with_capacity(self, x: Array, routing: Routing, ctx: Context) -> tuple[Array, Stats, Array]:
@@ -119,7 +121,7 @@ class MoE(Module):
         sent = jax.vmap(lambda e, m: dispatch_with_capacity(e, m, experts, capacity))(routing.experts, ctx.token_mask)
         copies = jnp.repeat(x, self.k, axis=1)
         rows = jax.vmap(permute_rows)(copies, sent.assignments, sent.rows)
-        layout = [_by_expert(_follow(a, sent.assignments // self.k), experts) for a in (ctx.segment_ids, ctx.positions)]
+        layout = [_by_expert(_follow(a, sent.assignments // self.k), experts) for a in _layout(ctx)]
         y, stats = self.experts(_by_expert(rows, experts), _dispatched(ctx, *layout))
         back = jax.vmap(permute_rows)(_by_batch_row(y, batch), sent.rows, sent.assignments)
         kept = jnp.sum(sent.rows < experts * capacity, dtype=jnp.float32)
@@ -161,9 +163,14 @@ def _with_layout(ctx: Context, shape: tuple[int, ...]) -> Context:
     return ctx._replace(segment_ids=segments, positions=positions)
 
 
-def _dispatched(ctx: Context, segment_ids: Array, positions: Array) -> Context:
-    """The context of rows in the experts' layout: probes see each row's own segment (0: an empty row) and position."""
-    return ctx._replace(segment_ids=segment_ids, positions=positions, prefix=None)
+def _layout(ctx: Context) -> tuple[Array, ...]:
+    """What follows the tokens to their experts."""
+    return (ctx.segment_ids, ctx.positions) if ctx.sparsify is None else (ctx.segment_ids, ctx.positions, ctx.sparsify)
+
+
+def _dispatched(ctx: Context, segment_ids: Array, positions: Array, sparsify: Array | None = None) -> Context:
+    """The context of rows in the experts' layout: each row's own segment (0: an empty row), position and scope."""
+    return ctx._replace(segment_ids=segment_ids, positions=positions, prefix=None, sparsify=sparsify)
 
 
 def _follow(per_token: Array, token: Array) -> Array:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from sparsejax.context import Context, Stat
 from sparsejax.layers.block import Block
-from sparsejax.layers.linear import SiteRules
+from sparsejax.layers.op import SiteRules
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module, data
 
@@ -154,7 +154,7 @@ def default_unroll(repeats: int) -> int:
 def _signatures(block: Any, keys: Array, config: ModelConfig, rules: SiteRules) -> list[Any]:
     """What distinguishes layers: their place in the patterns and, where a rule names layers, the ops it puts there."""
     cycle = math.lcm(len(config.attention_pattern), len(config.feed_pattern))
-    if not rules.inputs and not rules.weights:
+    if not rules:
         cycle_of = [
             (config.attention_pattern[i % len(config.attention_pattern)], config.feed_pattern[i % len(config.feed_pattern)])
             for i in range(cycle)

@@ -84,6 +84,8 @@ class ModelConfig:
     pool: str = "mean"  # classification: class (first token) | mean
     inputs: tuple[str, ...] = ()  # rules "SITE_GLOB=OP|OP": activation ops at the input of linear maps
     weights: tuple[str, ...] = ()  # rules "SITE_GLOB=OP|OP": weight ops of linear maps
+    neurons: tuple[str, ...] = ()  # rules "SITE_GLOB=SELECTOR": which hidden units of an FFN (site `blocks.3.mlp`) are computed
+    residuals: tuple[str, ...] = ()  # rules "SITE_GLOB=OP|OP": ops on the skip paths `blocks.3.residual.attn` and `.mlp`
     init: str = "fan_in"  # fan_in | normal:STD
     dtype: str = "float32"  # compute dtype: float32 | bfloat16; master weights stay float32
     residual_dtype: str = ""  # of what blocks add and of the FFN's entering maps; "": dtype. float32 halves bfloat16's error

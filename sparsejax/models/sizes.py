@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 
 from sparsejax import plugs
-from sparsejax.layers.linear import Linear, SiteRules
+from sparsejax.layers.linear import Linear
+from sparsejax.layers.op import SiteRules
 from sparsejax.models.config import ModelConfig
 
 
@@ -170,8 +171,8 @@ def _feeds(config: ModelConfig) -> list[_Feed]:
 class _SiteNames(SiteRules):
     """Rules that give every linear map its own site as its only op, so that the sites of a module can be read off."""
 
-    def inputs_at(self, site: str) -> tuple[str, ...]:
-        return (site,)
+    def at(self, field: str, site: str) -> tuple[str, ...]:
+        return (site,) if field == "inputs" else ()
 
 
 def _feed(config: ModelConfig, feed: str) -> _Feed:
@@ -185,7 +186,7 @@ def _feed(config: ModelConfig, feed: str) -> _Feed:
     matrices = sum(math.prod(shape) for _, shape in named) - routers
     share = spec.active_fraction() if hasattr(spec, "active_fraction") else 1.0
     return _Feed(
-        sites={linear.inputs[0]: shape[-2:] for linear, shape in named if linear.inputs},
+        sites={op.spec: shape[-2:] for linear, shape in named for op in linear.inputs.values()},
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(module)),
         active=matrices * share + routers,
     )

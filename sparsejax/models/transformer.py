@@ -17,8 +17,9 @@ from sparsejax import nnx_compat
 from sparsejax.context import Context
 from sparsejax.layers.embed import Embedding, PatchEmbedding
 from sparsejax.layers.head import HeadTransform, pooled
-from sparsejax.layers.linear import Init, Linear, SiteRules
+from sparsejax.layers.linear import Init, Linear
 from sparsejax.layers.norm import Norm
+from sparsejax.layers.op import SiteRules
 from sparsejax.layers.stack import Stack
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Module, weight
@@ -37,7 +38,7 @@ class Transformer(Module):
 
     def __init__(self, config: ModelConfig, key: Array):
         self.config = _Static(config)
-        rules = SiteRules.parse(config.inputs, config.weights)
+        rules = SiteRules.of(config)
         keys = jax.random.split(key, 5)
         causal = config.kind in ("decoder", "encoder_decoder")
         paired = config.kind == "encoder_decoder"
@@ -154,7 +155,7 @@ class Transformer(Module):
         h = self.embed(tokens, positions, batch.get("token_types"))
         ctx = ctx._replace(positions=positions, segment_ids=batch.get("segment_ids"), prefix=batch.get("prefix"))
         bidirectional = config.kind == "encoder" if bidirectional is None else bidirectional
-        return h, ctx._replace(tables=_shared_tables(config, positions, bias, bidirectional))
+        return h, ctx._replace(tables=shared_tables(config, positions, bias, bidirectional))
 
 
 class _Static:
@@ -170,7 +171,7 @@ class _Static:
         return hash(repr(self.value))
 
 
-def _shared_tables(config: ModelConfig, positions: Array, bias: Any, bidirectional: bool) -> dict[str, Any]:
+def shared_tables(config: ModelConfig, positions: Array, bias: Any, bidirectional: bool) -> dict[str, Any]:
     """Tensors that every layer reads and none should compute again."""
     tables: dict[str, Any] = {}
     if config.positions.kind == "rope":

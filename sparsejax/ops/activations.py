@@ -182,7 +182,7 @@ class TopK(Nonlinearity):
     """h = TopK_k(max(z, 0)): the k largest stay, exactly k where as many are positive, gradient through them alone.
 
     "The lazy neuron phenomenon" (Li et al., 2022, arXiv 2210.06313), whose ViT-B/16 keeps 128 of 3072. k is
-    max(1, round(fraction * F)) unless given. Behind any other non-linearity: `sparsejax.methods.sparsity.trained_topk`.
+    max(1, round(fraction * F)) unless given. Behind any other non-linearity: `sparsejax.methods.sparsity.selection`.
     """
 
     fraction: float = 128 / 3072

@@ -40,6 +40,15 @@ class Nonlinearity(abc.ABC):
     def validate(self, features: int, field: str) -> None:  # noqa: B027  (most suit any width)
         """Raise a ConfigError, naming `field`, where a hidden width of `features` does not suit."""
 
+    @property
+    def has_gate_out(self) -> bool:
+        """Whether the hidden vector is a * u with a function a of the gate alone: what CATS and its like select neurons by."""
+        return False
+
+    def gate_out(self, params: Params, g: Array) -> Array:
+        """That a [..., F]; only where `has_gate_out`."""
+        raise NotImplementedError(type(self).__name__)
+
     @abc.abstractmethod
     def __call__(self, params: Params, z: Array, u: Any = None) -> Array:
         """The hidden vector [..., F]; z is [..., F] ([..., 2 F] where `halves`), u like z and given only where `gated`."""
@@ -83,6 +92,13 @@ class Elementwise(Nonlinearity):
     second_moment: float  # type: ignore[misc]
     exact_zeros: bool = False  # type: ignore[misc]
     gated: bool = False  # type: ignore[misc]
+
+    @property
+    def has_gate_out(self) -> bool:
+        return self.gated
+
+    def gate_out(self, params: Params, g: Array) -> Array:
+        return self.function(g)
 
     def __call__(self, params: Params, z: Array, u: Any = None) -> Array:
         h = self.function(z)

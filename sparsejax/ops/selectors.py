@@ -34,19 +34,20 @@ def kept_count(features: int, fraction: float, k: int = 0, field: str = "k") -> 
     return k or max(1, round(fraction * features))
 
 
-def topk_mask(score: Float[Array, "... F"], k: int) -> Bool[Array, "... F"]:
+def topk_mask(score: Float[Array, "... F"], k: int | Int[Array, ""]) -> Bool[Array, "... F"]:
     """True at the k largest entries of each row, exactly k of them; equal scores are kept from the lowest index on.
 
     Args:
       score: float of any width; NaN counts as the largest.
-      k: entries kept per row, 1 <= k <= F, static.
+      k: entries kept per row, 1 <= k <= F; may be traced.
     Raises:
-      ConfigError: k outside its range.
+      ConfigError: a k that is a number, outside its range.
     """
     features = score.shape[-1]
-    check(1 <= k <= features, "k", k, f"1 to {features}, the width of the score")
-    if k == features:
-        return jnp.ones(score.shape, bool)
+    if isinstance(k, int):
+        check(1 <= k <= features, "k", k, f"1 to {features}, the width of the score")
+        if k == features:
+            return jnp.ones(score.shape, bool)
     image = _ordered(score)
     threshold = _kth_largest(image, k)
     above, tied = image > threshold, image == threshold
@@ -140,7 +141,7 @@ def _row_count(mask: Bool[Array, "... F"]) -> Int[Array, "... 1"]:
     return jnp.sum(partial.astype(exact), axis=-1, keepdims=True).astype(jnp.int32)
 
 
-def _kth_largest(image: Int[Array, "... F"], k: int) -> Int[Array, "... 1"]:
+def _kth_largest(image: Int[Array, "... F"], k: int | Array) -> Int[Array, "... 1"]:
     """The largest value that at least k entries of the row reach: its sign, then its bits from the top."""
     limits = jnp.iinfo(image.dtype)
     one = jnp.ones((), image.dtype)

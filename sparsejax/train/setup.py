@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from sparsejax import plugs
 from sparsejax.config import ExperimentConfig
-from sparsejax.layers.linear import SiteRules
+from sparsejax.layers.op import SiteRules
 from sparsejax.models.sizes import flops_per_token, parameter_counts
 from sparsejax.nnx_compat import Structure
 from sparsejax.parallel import aot, rules
@@ -115,7 +115,7 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
         structure=structure,
         abstract_state=abstract,
         batch_spec=batch,
-        boundaries=SiteRules.parse(config.model.inputs, config.model.weights).boundaries(),
+        boundaries=SiteRules.of(config.model).boundaries(),
         schedule=schedule,
         init=init,
         jitted=jitted,

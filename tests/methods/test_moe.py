@@ -9,7 +9,7 @@ import pytest
 from sparsejax import nnx_compat, plugs
 from sparsejax.context import Context, Probe, Stat
 from sparsejax.layers.ffn import FFN
-from sparsejax.layers.linear import SiteRules
+from sparsejax.layers.op import SiteRules
 from sparsejax.methods.moe.softmax_top_k import SoftmaxTopK
 from sparsejax.models.config import FFNConfig, ModelConfig
 from sparsejax.ops.routers import softmax_top_k
@@ -270,7 +270,7 @@ def test_the_router_takes_no_ops_and_stays_in_float32():
     rules = SiteRules.parse((), ("blocks.**=int8",))
     structure, values = build(SoftmaxTopK(4, 2), rules=rules)
     module = nnx_compat.merge(structure, values)
-    assert module.router.weights == () and module.experts.up.weights != ()
+    assert not module.router.weights and module.experts.up.weights
     y, stats = run(structure, values, inputs().astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16 and stats["mlp.router"]["z"].value.dtype == jnp.float32
 

@@ -11,7 +11,8 @@ from sparsejax.arrays import QTensor, QuantizedActivation, SparseActivation, den
 from sparsejax.compress.export import export, packed_values, report
 from sparsejax.context import Context
 from sparsejax.layers.ffn import FFN
-from sparsejax.layers.linear import Linear, SiteRules
+from sparsejax.layers.linear import Linear
+from sparsejax.layers.op import SiteRules
 from sparsejax.methods.moe.softmax_top_k import SoftmaxTopK
 from sparsejax.methods.quant.qat import Int4Weight, Int8Activation, Int8Weight, symmetric_codes
 from sparsejax.models.config import AttentionConfig, FFNConfig, ModelConfig

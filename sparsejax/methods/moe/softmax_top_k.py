@@ -22,8 +22,8 @@ from typing import Any
 
 from jaxtyping import Array
 
-from sparsejax.layers.linear import SiteRules
 from sparsejax.layers.moe import MoE
+from sparsejax.layers.op import SiteRules
 from sparsejax.models.config import ModelConfig
 from sparsejax.ops.routers import COMBINE, GRANULARITY
 from sparsejax.plugs import check, check_choice, register

@@ -29,7 +29,7 @@ from sparsejax.io.tensors import TensorInfo
 from sparsejax.io.weights import load_values
 from sparsejax.io.weights_out import export_tensors
 from sparsejax.layers.head import pooled
-from sparsejax.layers.linear import SiteRules
+from sparsejax.layers.op import SiteRules
 from sparsejax.models.config import FFNConfig, ModelConfig, NormConfig, VisionConfig
 from sparsejax.models.families import gemma3n
 from sparsejax.models.families.inverse import meaning

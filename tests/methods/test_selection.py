@@ -7,7 +7,7 @@ import pytest
 
 from sparsejax.arrays import QuantizedActivation, SparseActivation, matmul
 from sparsejax.context import Context
-from sparsejax.methods.sparsity.trained_topk import BlockTopK, StatTopK, TopK
+from sparsejax.methods.sparsity.selection import BlockTopK, StatTopK, TopK
 from sparsejax.plugs import ConfigError, resolve
 
 CTX = Context()

@@ -1,8 +1,9 @@
 """Operand types, and the one `matmul` that chooses its kernel from them.
 
-x is an Array, a SparseActivation or a QuantizedActivation; w an Array or a QTensor. Operands nest: `SparseActivation.values`
-may be a QuantizedActivation. A pair is looked up by its exact nested types; failing that the outer type is peeled by its
-defining identity (a SparseActivation is its values with zeros outside the mask), then quantized operands are dequantized.
+x is an Array, a SparseActivation or a QuantizedActivation; w an Array, QTensor, LowRank, Sum or Residual. Operands nest:
+`SparseActivation.values` may be a QuantizedActivation, `Sum.base` a QTensor. A pair is looked up by its exact nested types;
+failing that the outer type is peeled by its defining identity (a SparseActivation is its values with zeros outside the mask, a
+Sum the sum of two products), then quantized operands are dequantized.
 Whatever pair is given, the result is the same up to the float tolerance of the executors.
 """
 
@@ -110,6 +111,67 @@ class QTensor:
         return (self.integers().astype(jnp.float32) * self.scale).astype(self.dtype)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=[])
+@dataclasses.dataclass
+class LowRank:
+    """A weight of low rank: w = a @ b.
+
+    a: [..., in, r]; b: [..., r, out].
+    """
+
+    a: Float[Array, "*lead in r"]
+    b: Float[Array, "*lead r out"]
+
+    @property
+    def dtype(self) -> Any:
+        return self.a.dtype
+
+    def dense(self) -> Array:
+        return self.a @ self.b
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "update"], meta_fields=[])
+@dataclasses.dataclass
+class Sum:
+    """w = base + update, multiplied as two products: an adapter beside a weight of any type.
+
+    base: any weight operand [..., in, out]; update: another, e.g. a LowRank.
+    """
+
+    base: Any
+    update: Any
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def dense(self) -> Array:
+        return dense(self.base) + dense(self.update)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "dropped", "mean"], meta_fields=[])
+@dataclasses.dataclass
+class Residual:
+    """A weight that also says what becomes of the entries that a SparseActivation drops: x with its mask m gives
+
+        y = (x - mean) * m @ base + mean @ base + (x - mean) * (1 - m) @ dropped
+
+    base: any weight operand [in, out]; dropped: a LowRank, or None: they are lost; mean: float[in], or None: zeros.
+    A dense x gives x @ base.
+    """
+
+    base: Any
+    dropped: Any
+    mean: Any
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def dense(self) -> Array:
+        return dense(self.base)
+
+
 # Types of stored weights by name, for the folders that hold them.
 WEIGHT_ARRAYS: dict[str, type] = {"QTensor": QTensor}
 
@@ -133,7 +195,7 @@ def unpack_int4(packed: Int[Array, "*lead half out"], rows: int) -> Int[Array, "
 
 def dense(x: Any) -> Array:
     """Any operand as the plain Array that it stands for."""
-    if isinstance(x, SparseActivation):
+    if isinstance(x, SparseActivation | LowRank | Sum | Residual):
         return x.dense()
     return x.dequantize() if isinstance(x, QuantizedActivation | QTensor) else x
 
@@ -180,18 +242,38 @@ def kind(operand: Any) -> str:
     if isinstance(operand, SparseActivation):
         inner = kind(operand.values)
         return "SparseActivation" if inner == "Array" else f"SparseActivation[{inner}]"
-    return type(operand).__name__ if isinstance(operand, QuantizedActivation | QTensor) else "Array"
+    return type(operand).__name__ if isinstance(operand, QuantizedActivation | QTensor | LowRank | Sum | Residual) else "Array"
 
 
 def _dispatch(x: Any, w: Any, groups: Any, out_dtype: Any) -> Array:
     kernel = _KERNELS.get((kind(x), kind(w)))
     if kernel is not None:
         return kernel(x, w, groups, out_dtype)
+    if isinstance(w, LowRank | Sum | Residual):
+        return _composed(x, w, groups, out_dtype)
     _log_reference(kind(x), kind(w))
     if isinstance(x, SparseActivation):
         peeled = x.values.keep(x.mask) if isinstance(x.values, QuantizedActivation) else x.dense()
         return _dispatch(peeled, w, groups, out_dtype)
     return _dispatch(dense(x), dense(w), groups, out_dtype)
+
+
+def _composed(x: Any, w: LowRank | Sum | Residual, groups: Any, out_dtype: Any) -> Array:
+    """A weight made of others, by its defining identity."""
+    product = functools.partial(matmul, groups=groups, out_dtype=out_dtype)
+    if isinstance(w, LowRank):
+        return matmul(matmul(x, w.a, groups=groups), w.b, groups=groups, out_dtype=out_dtype)
+    if isinstance(w, Sum):
+        return product(x, w.base) + product(x, w.update)
+    if not isinstance(x, SparseActivation):
+        return product(x, w.base)
+    values = dense(x.values)
+    mean = 0 if w.mean is None else w.mean.astype(values.dtype)
+    kept = x if w.mean is None else jnp.where(x.mask, values, mean)
+    y = product(kept, w.base)
+    if w.dropped is None:
+        return y
+    return y + product(jnp.where(x.mask, 0, values - mean), w.dropped)
 
 
 @functools.cache

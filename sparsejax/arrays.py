@@ -268,7 +268,7 @@ def _composed(x: Any, w: LowRank | Sum | Residual, groups: Any, out_dtype: Any) 
     if not isinstance(x, SparseActivation):
         return product(x, w.base)
     values = dense(x.values)
-    mean = 0 if w.mean is None else w.mean.astype(values.dtype)
+    mean = jnp.zeros_like(values) if w.mean is None else jnp.broadcast_to(w.mean.astype(values.dtype), values.shape)
     kept = x if w.mean is None else jnp.where(x.mask, values, mean)
     y = product(kept, w.base)
     if w.dropped is None:

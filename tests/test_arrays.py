@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax.arrays import (
+    LowRank,
     QTensor,
     QuantizedActivation,
+    Residual,
     SparseActivation,
+    Sum,
     dense,
     expert_of_rows,
     kind,
@@ -180,3 +183,58 @@ def test_operands_cross_jit_scan_and_checkpointing_of_residuals():
 
 def test_rows_beyond_the_groups_belong_to_no_expert():
     assert expert_of_rows(jnp.asarray(GROUPS), N).tolist() == [0, 0, 0, 2, 2, 3, 3]
+
+
+def low_rank(seed=20, rank=2):
+    a, b = (jnp.asarray(rng(seed + i).normal(size=shape), jnp.float32) for i, shape in enumerate(((K, rank), (rank, OUT))))
+    return LowRank(a, b)
+
+
+@pytest.mark.parametrize("x_kind", ["Array", "QuantizedActivation", "SparseActivation[QuantizedActivation]"])
+@pytest.mark.parametrize("base_kind", ["Array", "QTensor8", "QTensor4"])
+def test_a_weight_made_of_others_multiplies_as_the_dense_one_it_stands_for(x_kind, base_kind):
+    x, base, update = left(x_kind), right(base_kind), low_rank()
+    for w in (update, Sum(base, update), Sum(Sum(base, update), low_rank(30))):
+        wide = [np.asarray(dense(operand), np.float64) for operand in (x, w)]
+        terms = np.abs(dense(x)) @ (np.abs(dense(base)) + 2 * (np.abs(update.a) @ np.abs(update.b)))
+        bound = 2 * K * np.finfo(np.float32).eps * np.max(terms)
+        np.testing.assert_allclose(matmul(x, w), wide[0] @ wide[1], rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("with_mean", [False, True])
+@pytest.mark.parametrize("with_dropped", [False, True])
+def test_a_residual_gives_the_dropped_entries_their_own_weight(with_mean, with_dropped):
+    x, w = left("SparseActivation"), right("Array")
+    mean = jnp.asarray(rng(40).normal(size=K), jnp.float32) if with_mean else None
+    dropped = low_rank() if with_dropped else None
+    centred = np.asarray(x.values, np.float64) - (0 if mean is None else np.asarray(mean))
+    expected = np.where(x.mask, centred, 0) @ np.asarray(w)
+    if with_mean:
+        expected = expected + np.asarray(mean) @ np.asarray(w)
+    if with_dropped:
+        expected = expected + np.where(x.mask, 0, centred) @ np.asarray(dense(dropped))
+    np.testing.assert_allclose(matmul(x, Residual(w, dropped, mean)), expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(matmul(x.values, Residual(w, dropped, mean)), matmul(x.values, w))
+
+
+def test_a_full_rank_residual_is_the_dense_product_whatever_is_dropped():
+    x, w = left("SparseActivation"), right("Array")
+    whole = LowRank(w, jnp.eye(OUT))
+    np.testing.assert_allclose(matmul(x, Residual(w, whole, None)), x.values @ w, rtol=2e-5, atol=2e-5)
+
+
+def test_unwanted_outputs_are_zero_and_pass_no_gradient():
+    x, w = left("Array"), right("Array")
+    wanted = jnp.asarray(rng(41).random((N, OUT)) < 0.5)
+    np.testing.assert_array_equal(matmul(x, w, outputs=wanted), jnp.where(wanted, x @ w, 0))
+    gradient = jax.grad(lambda w: jnp.sum(matmul(x, w, outputs=wanted)))(w)
+    np.testing.assert_allclose(gradient, x.T @ wanted.astype(jnp.float32), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_go_through_the_adapter_and_the_quantized_base():
+    x, update = left("Array"), low_rank()
+    base = right("QTensor8", surrogate=True)
+    found = jax.grad(lambda u: jnp.sum(jnp.square(matmul(x, Sum(base, u)))), allow_int=True)(update)
+    float_base = dense(base)
+    expected = jax.grad(lambda u: jnp.sum(jnp.square(x @ (float_base + u.a @ u.b))))(update)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsejax import plugs
+from sparsejax.arrays import dense
 from sparsejax.context import Context, merge_stats
 from sparsejax.layers.attention import Attention
 from sparsejax.layers.cache import KVCache
@@ -81,7 +82,7 @@ class Block(Module):
         delta, mix_stats, cache = self.mix(h, ctx, cache)
         if self.arrangement == "parallel":
             fed, feed_stats = self.feed(h, ctx)
-            h = apply(self.skip_attn, h, ctx) + delta + fed
+            h = dense(apply(self.skip_attn, h, ctx)) + delta + fed
         else:
             h = self._add(self.attn_norm if self.cross is None else self.cross_norm, h, delta, self.skip_attn, ctx)
             fed, feed_stats = self.feed(h, ctx)
@@ -98,5 +99,5 @@ class Block(Module):
         return delta if scale is None else delta * scale.get_value().astype(delta.dtype).reshape(1, 1, -1)
 
     def _add(self, norm: Norm | None, h: Delta, delta: Delta, skip: dict[str, Op], ctx: Context) -> Delta:
-        total = apply(skip, h, ctx) + delta
+        total = dense(apply(skip, h, ctx)) + delta
         return norm(total) if self.arrangement == "post" and norm is not None else total

@@ -53,7 +53,12 @@ def score_of(x: Operand, score: str, arrays: Arrays) -> Float[Array, "... in"]:
     if score == "value":
         return values
     magnitude = jnp.abs(values)
-    return magnitude if score == "magnitude" else magnitude * arrays["scale"].astype(magnitude.dtype)
+    return magnitude if score == "magnitude" else magnitude * along(arrays["scale"], magnitude)
+
+
+def along(fitted: Array, x: Array) -> Array:
+    """A fitted number or [in] in x's dtype, ready to broadcast with x[..., in]."""
+    return fitted.astype(x.dtype).reshape((1,) * (x.ndim - fitted.ndim) + fitted.shape)
 
 
 def fitted(features: int | None) -> Weight:
@@ -97,7 +102,7 @@ class Threshold(Selector):
 
     def __call__(self, arrays: Arrays, x: Operand, ctx: Context) -> SparseActivation:
         score = score_of(x, self.score, arrays)
-        return self.chosen(x, threshold_mask(score, arrays["threshold"].astype(score.dtype)), ctx)
+        return self.chosen(x, threshold_mask(score, along(arrays["threshold"], score)), ctx)
 
 
 @plugs.register("activation_op", "topk")

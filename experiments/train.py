@@ -2,6 +2,7 @@
 
 python -m experiments.train --config configs/tiny_relu2.py --out runs/demo
 python -m experiments.train --config configs/tiny_relu2.py --config.model.num_layers=6 --resume never
+python -m experiments.train --config configs/finetune_smollm2.py --config.init=smollm2-135m
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ class Flags:
 
 
 def main(call: entry.Call[Flags]) -> dict[str, Any]:
+    from sparsejax.io.load import load
     from sparsejax.train.run import train
 
     assert call.config is not None
-    return train(call.config, base=call.base, out=call.flags.out, resume=call.flags.resume, command=call.command)
+    flags = call.flags
+    return train(call.config, base=call.base, out=flags.out, resume=flags.resume, command=call.command, loader=load)
 
 
 if __name__ == "__main__":

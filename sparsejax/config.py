@@ -20,6 +20,7 @@ from sparsejax.train.config import CheckpointConfig, EvaluateConfig, LogConfig, 
 @dataclass
 class ExperimentConfig:
     name: str = "run"
+    init: str = ""  # the model to start from: a name or path as --model takes; "": drawn from the seed
     seed: int = 0
     steps: int = 100
     batch_size: int = 16  # examples per optimizer step, over all hosts
@@ -41,6 +42,7 @@ def finalize(
     num_classes: int | None = None,
     image_shape: tuple[int, int, int] | None = None,
     device_count: int | None = None,
+    start: ModelConfig | None = None,
 ) -> ExperimentConfig:
     """The config with everything derived and everything checked; the one given is left as it is.
 
@@ -53,12 +55,22 @@ def finalize(
       num_classes: the opened data source's, for classification.
       image_shape: (height, width, channels) of the opened data source's images.
       device_count: all devices of all hosts; checks the mesh against it.
+      start: finalized config of the model that `init` names, which `config.model` is made of; until it is known, what depends
+        on the model stays open.
     Raises:
       ConfigError: names the field, its value, what is allowed and the nearest valid name.
     """
     config = checked(config)
     config_rules.check_fields(config)
     specs = config_rules.resolve_names(config)
+    if config.init:
+        config_rules.check_init(config)
+        config.data.tokenizer = config_rules.INIT_TOKENIZER
+        if start is None:
+            config_rules.check_training(config)
+            return config
+        config.model = config_rules.started_from(config.model, start, config.init)
+        specs = config_rules.resolve_names(config)
     _derive(config, specs, vocab_size, num_classes)
     config_rules.check_task(config, specs)
     config_rules.check_model(config.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -120,11 +121,19 @@ BOUNDS: dict[str, Bound] = {
     "evaluate.sample_tokens": _COUNT,
 }
 # Fields whose text is a spec, a path or free; everything else is in one of the tables above (a test compares).
-FREE_TEXT = ("name", "data.data_dir", "evaluate.sample_prompt")
+FREE_TEXT = ("name", "init", "data.data_dir", "evaluate.sample_prompt")
 SPECS = (
     "objectives", "data.source", "data.tokenizer", "data.task", "model.feed_pattern", "model.ffn.activation", "model.inputs",
-    "model.weights", "model.init", "model.remat", "model.positions.rope.scaling", "optimizer.name", "optimizer.arguments",
+    "model.weights", "model.neurons", "model.residuals", "model.init", "model.remat", "model.positions.rope.scaling",
+    "optimizer.name", "optimizer.arguments", "optimizer.train",
 )
+# Fields of a pretrained model that a run may set otherwise: methods, and how the same sums are computed.
+INIT_MAY_CHANGE = (
+    "inputs", "weights", "neurons", "residuals", "ffn.activation", "dtype", "residual_dtype", "scan", "unroll", "remat",
+    "attention.backend",
+)
+INIT_TOKENIZER = "init"
+
 
 def check_fields(config: ExperimentConfig) -> None:
     """Every field on its own: choices, bounds, and names that the registries know."""
@@ -167,6 +176,39 @@ def _check_rope_scaling(text: str) -> None:
     except ValueError as error:
         raise ConfigError(f"{field} = {text!r}: expected {shape}") from error
     check(all(math.isfinite(n) and n > 0 for n in numbers), field, text, "the numbers must be positive")
+
+
+def check_init(config: ExperimentConfig) -> None:
+    """What a pretrained model brings with it is not asked for twice."""
+    known = (type(config.data)().tokenizer, INIT_TOKENIZER)
+    check(config.data.tokenizer in known, "data.tokenizer", config.data.tokenizer,
+          f"init = {config.init!r} brings its own tokenizer; leave it out")
+
+
+def started_from(model: ModelConfig, start: ModelConfig, name: str) -> ModelConfig:
+    """The config of a pretrained model with the method fields of `model` that are not at their defaults.
+
+    Args:
+      model: as a config file and its overrides have it; a field at its default is the pretrained model's.
+      start: the pretrained model's, finalized.
+      name: what `init` names.
+    Raises:
+      ConfigError: a field that would make another model of it.
+    """
+    defaults, theirs, own = leaves(ModelConfig()), leaves(start), leaves(model)
+    result = copy.deepcopy(start)
+    for path, value in own.items():
+        if value in (defaults[path], theirs[path]):
+            continue
+        check(path in INIT_MAY_CHANGE, f"model.{path}", value,
+              f"init = {name!r} has {theirs[path]!r}; leave it out. A run may change {', '.join(INIT_MAY_CHANGE)}")
+        group, _, field = path.rpartition(".")
+        setattr(getattr(result, group) if group else result, field, value)
+    before, after = (plugs.resolve("nonlinearity", m.ffn.activation, "model.ffn.activation") for m in (start, result))
+    shapes = [(spec.gated, spec.halves) for spec in (before, after)]
+    check(shapes[0] == shapes[1], "model.ffn.activation", result.ffn.activation,
+          f"init = {name!r} has {start.ffn.activation!r}, whose maps are others (a gate, or a doubled up map)")
+    return result
 
 
 def resolve_names(config: ExperimentConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sparsejax.compress.export import export, report
 from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.data.pipeline import build_data
 from sparsejax.evaluate.likelihood import Likelihood, evaluate
-from sparsejax.io import model_folder
+from sparsejax.io import model_folder, model_json
 from sparsejax.io.model import Model
 from sparsejax.parallel import rules
 from sparsejax.plugs import check
@@ -37,7 +37,10 @@ def export_run(run: Path | str, out: Path | str) -> dict[str, Any]:
     check(saved.is_file(), "--model", str(run), "is not a run folder: it holds no config.json")
     out = model_folder.claim(out, "--out")
     config = config_text.from_json(saved.read_text(encoding="utf-8"), ExperimentConfig, str(saved))
-    data = build_data(config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=config.seed)
+    tokenizer = model_json.read(run).tokenizer if config.init else None
+    data = build_data(
+        config.data, model_kind=config.model.kind, batch_size=config.batch_size, seed=config.seed, tokenizer=tokenizer
+    )
     config = finalize(
         config, vocab_size=data.vocab_size, num_classes=data.num_classes, image_shape=data.image_shape,
         device_count=jax.device_count(),

@@ -22,7 +22,7 @@ from sparsejax.data.packing import PackedRows, SampledRows, TokenStore
 from sparsejax.data.sources import SPLITS, TextCorpus, data_directories
 from sparsejax.data.synthetic import SymbolTask
 from sparsejax.data.tasks import FLOAT, INT, Classification, Row, RowLayout, Shapes
-from sparsejax.data.tokenizers import Tokenizer, TokenizerSpec
+from sparsejax.data.tokenizers import Given, Tokenizer, TokenizerSpec
 from sparsejax.data.vision import ImageSet
 from sparsejax.plugs import check, check_choice, resolve
 
@@ -363,7 +363,9 @@ class BatchIterator:
         self._iterator.close()
 
 
-def build_data(config: DataConfig, *, model_kind: str, batch_size: int, seed: int) -> DataPipeline:
+def build_data(
+    config: DataConfig, *, model_kind: str, batch_size: int, seed: int, tokenizer: Tokenizer | None = None
+) -> DataPipeline:
     """The pipeline that a config describes.
 
     Args:
@@ -371,6 +373,7 @@ def build_data(config: DataConfig, *, model_kind: str, batch_size: int, seed: in
       model_kind: decoder, encoder, encoder_decoder or vit.
       batch_size: rows per step, over all hosts.
       seed: decides the order of training rows and all draws of the task.
+      tokenizer: of a pretrained model, instead of the one that the config describes.
     Raises:
       ConfigError: an unknown name, a missing or empty file, or parts that do not go together.
     """
@@ -382,13 +385,14 @@ def build_data(config: DataConfig, *, model_kind: str, batch_size: int, seed: in
     source = resolve("source", config.source, "data.source").open(data_directories(config.data_dir))
     check_choice(f"data.task = {config.task!r} reads {' or '.join(task.content)}; content of data.source {config.source!r}",
                  source.content, task.content)
-    rows = _rows(source, task, config, model_kind)
+    rows = _rows(source, task, config, model_kind, tokenizer)
     return DataPipeline(rows, config, batch_size, seed)
 
 
-def _rows(source: Any, task: Any, config: DataConfig, model_kind: str) -> Rows:
+def _rows(source: Any, task: Any, config: DataConfig, model_kind: str, tokenizer: Tokenizer | None) -> Rows:
     if source.content == "text":
-        return TextRows(source, resolve("tokenizer", config.tokenizer, "data.tokenizer"), task, config, model_kind)
+        spec = Given(tokenizer) if tokenizer else resolve("tokenizer", config.tokenizer, "data.tokenizer")
+        return TextRows(source, spec, task, config, model_kind)
     if source.content == "images":
         check(model_kind == "vit", "model.kind", model_kind, f"data.source {config.source!r} holds images: allowed is 'vit'")
         return ImageRows(source)

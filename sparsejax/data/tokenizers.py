@@ -336,6 +336,33 @@ def published(
     return _assemble(codec, ids, codec.size, 0)
 
 
+@dataclass(frozen=True)
+class Given:
+    """A tokenizer that is there already: a pretrained model's."""
+
+    tokenizer: Tokenizer
+
+    def declared_vocab_size(self, sentinels: int) -> int | None:
+        return self.tokenizer.vocab_size
+
+    def build(self, corpus: TextCorpus, sentinels: int, directories: Sequence[Path]) -> Tokenizer:
+        held = len(self.tokenizer.sentinel_ids)
+        check(held >= sentinels, "data.task", f"{sentinels} sentinels", f"the tokenizer of the model to start from has {held}")
+        return self.tokenizer
+
+
+@register("tokenizer", "init")
+@dataclass(frozen=True)
+class Init:
+    """The tokenizer of the model that `init` names: what a config with `init` has here."""
+
+    def declared_vocab_size(self, sentinels: int) -> int | None:
+        return None
+
+    def build(self, corpus: TextCorpus, sentinels: int, directories: Sequence[Path]) -> Tokenizer:
+        raise ConfigError("data.tokenizer = 'init': is that of the model to start from, and `init` names none that has one")
+
+
 @register("tokenizer", "file")
 @dataclass(frozen=True)
 class File:

@@ -176,6 +176,31 @@ class FatRelu(Nonlinearity):
         return jnp.where((z >= self.threshold) & (z > 0), z, 0)
 
 
+class _RectifiedGate(Nonlinearity):
+    """h = a * u with a rectified function a of the gate: rows of up and down are needed only where a > 0."""
+
+    gated = True
+    has_gate_out = True  # type: ignore[assignment]
+
+    def gate_out(self, params: Params, g: Array) -> Array:
+        return super().__call__(params, g)  # type: ignore[safe-super]
+
+    def __call__(self, params: Params, z: Array, u: Any = None) -> Array:
+        return self.gate_out(params, z) * u
+
+
+@plugs.register("nonlinearity", "shifted_reglu")
+@dataclass(frozen=True)
+class ShiftedReglu(_RectifiedGate, ShiftedRelu):
+    """h = max(g - shift, 0) * u (arXiv 2310.04564)."""
+
+
+@plugs.register("nonlinearity", "fatreglu")
+@dataclass(frozen=True)
+class FatReglu(_RectifiedGate, FatRelu):
+    """h = a * u with a = g if g >= threshold and g > 0, else 0 (ProSparse, arXiv 2402.13516)."""
+
+
 @plugs.register("nonlinearity", "topk")
 @dataclass(frozen=True)
 class TopK(Nonlinearity):

@@ -328,6 +328,12 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
 
+    def begin(self) -> None:
+        """Set the checkpoints of histories that this run leaves aside now; else its first save does."""
+        if is_main() and self._branch is not None:
+            self._leave_other_histories(self._branch)
+            self._branch = None
+
     def save(self, step: int, state: Any, record: Record) -> None:
         """Start saving; returns when the state has been copied, so that its buffers may be donated.
 

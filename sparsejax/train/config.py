@@ -16,6 +16,7 @@ class OptimizerConfig:
     decay_roles: tuple[str, ...] = ("matrix", "embedding")
     clip_norm: float = 1.0  # global gradient norm; 0: off
     ema_decay: float = 0.0  # average of the weights used for evaluation; 0: off
+    train: tuple[str, ...] = ()  # roles ("adapter") or globs of parameters ("blocks.*.mlp.**"), the rest is frozen; (): all
 
 
 @dataclass

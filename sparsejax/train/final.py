@@ -34,7 +34,10 @@ def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict
     config, data, folder = trainer.config, trainer.data, trainer.folder
     found = trainer.evaluate(config.evaluate.batches)
     results: dict[str, Any] = {**found._asdict(), **counted_sparsity(trainer)}
-    results["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.trainable))
+    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(v)) for v in (trainer.state.trainable, trainer.state.frozen))
+    results["parameters"] = trained + frozen
+    if frozen:
+        results["trained_parameters"] = trained
     results |= seconds if seconds["steps_run"] else {**seconds, **_timings_before(folder, seconds)}
     # What was not measured (bits per byte of symbols, the rate of no step) is left out.
     results = {name: value for name, value in results.items() if not isinstance(value, float) or math.isfinite(value)}

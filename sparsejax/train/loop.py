@@ -35,6 +35,8 @@ from sparsejax.train.checkpoint import (
     read_record,
     restore,
 )
+from sparsejax.train.frozen import FROZEN, frozen_digest, restore_frozen, save_frozen
+from sparsejax.train.partition import joined
 from sparsejax.train.progress import ProgressReport, StepTimer
 from sparsejax.train.setup import Setup, examples_to_tokens
 from sparsejax.train.state import TrainState
@@ -92,6 +94,7 @@ class Trainer:
     state: TrainState
     checkpoints: Checkpoints
     origin: Choice  # where the run started; a roll back before its first save goes there
+    frozen_digest: str  # of the frozen parameters in this run's folder; "" until they are there
 
     def __init__(self, setup: Setup, data: DataPipeline, folder: Path):
         self.setup, self.data, self.folder = setup, data, folder
@@ -270,7 +273,9 @@ class Trainer:
             if launch.is_main():
                 for key, saved, wanted in differing(record.config, json.loads(json.dumps(dataclasses.asdict(self.config)))):
                     print(f"resume: config.{key} was {saved!r} when the checkpoint was made, is {wanted!r} now")
-            self.state = restore(choice.path, self.setup.abstract_state)
+            like = self.setup.abstract_state
+            state = restore(choice.path, like._replace(frozen={}))
+            self.state = state._replace(frozen=restore_frozen(choice.path, like.frozen))
             self.position = Position(**record.extra["position"])
         if not hasattr(self, "checkpoints"):
             self.origin = choice
@@ -278,23 +283,35 @@ class Trainer:
                 self.folder / "checkpoints", resumed_from=choice.step, keep=self.config.checkpoint.keep,
                 report=lambda text: self.report.print(text),
             )
+            own = choice.path is not None and choice.path.parent.resolve() == self.checkpoints.folder.resolve()
+            self.frozen_digest = frozen_digest(self.checkpoints.folder) if own else ""
         else:
             self.checkpoints.rolled_back(choice.step)
         return choice.step or 0
 
     def _save(self, step: int) -> bool:
         with self.timer.pause():
-            record = Record(step, dataclasses.asdict(self.config), self._data_identity(), {"position": self.position.as_json()})
-            self.checkpoints.save(step, self.state, record)
+            extra: dict[str, Any] = {"position": self.position.as_json()}
+            if self.state.frozen:
+                extra[FROZEN] = self._saved_frozen()
+            record = Record(step, dataclasses.asdict(self.config), self._data_identity(), extra)
+            self.checkpoints.save(step, self.state._replace(frozen={}), record)
         return True
+
+    def _saved_frozen(self) -> str:
+        """The digest of what is not trained, which is written before this history's first checkpoint and never again."""
+        if not self.frozen_digest:
+            self.checkpoints.begin()
+            self.frozen_digest = save_frozen(self.checkpoints.folder, self.state.frozen, self.report.print)
+        return self.frozen_digest
 
     def _data_identity(self) -> dict[str, Any]:
         return {"fingerprint": self.data.fingerprint, "seed": self.data.seed, "batch_size": self.data.batch_size}
 
     def evaluated_parameters(self) -> Any:
-        """The weights that are evaluated: their average where there is one."""
+        """All parameters as they are evaluated: those that were trained as their average, where there is one."""
         trained = optim.evaluated(self.config.optimizer, self.state.optimizer, self.state.trainable)
-        return self.state.average or trained
+        return joined(self.state.average or trained, self.state.frozen)
 
     def _evaluate(self, step: int) -> None:
         with self.timer.pause():

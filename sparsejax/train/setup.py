@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,9 @@ from sparsejax.nnx_compat import Structure
 from sparsejax.parallel import aot, rules
 from sparsejax.parallel.mesh import describe, make_mesh
 from sparsejax.train import metrics, optim
-from sparsejax.train.state import TrainState, abstract_model, init_state
+from sparsejax.train.partition import Partition, joined, partition
+from sparsejax.train.start import Start
+from sparsejax.train.state import TrainState, abstract_model, init_state, initial_values
 from sparsejax.train.step import make_evaluation_step, make_train_step
 
 BatchSpec = dict[str, tuple[tuple[int, ...], Any]]
@@ -31,12 +34,14 @@ class Setup:
     """A model on its mesh, with the functions that train and evaluate it.
 
     `abstract_state` carries the shardings; `train(stage, watch)` and `evaluate(stage, watch)` give
-    compiled functions and compile each at most once; `jitted` is the training step before that.
+    compiled functions and compile each at most once; `jitted` is the training step before that. `start` is the model that the
+    parameters are taken from, None where they are drawn.
     """
 
     config: ExperimentConfig
     mesh: Mesh
     structure: Structure
+    parts: Partition
     abstract_state: TrainState
     batch_spec: dict[str, jax.ShapeDtypeStruct]
     boundaries: tuple[int, ...]
@@ -46,34 +51,49 @@ class Setup:
     train: Callable[[int, bool], Any]
     evaluate: Callable[[int, bool], Any]
     compilations: dict[str, aot.Compilation]
+    start: Start | None = None
 
     def stage(self, step: int) -> int:
         """The largest schedule boundary that `step` has reached, 0 before the first."""
         return max((b for b in self.boundaries if b <= step), default=0)
 
 
-def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None) -> Setup:
+def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None, start: Start | None = None) -> Setup:
     """Shapes, shardings and step functions for a finalized config; nothing is allocated and no data is read.
 
+    Args:
+      config: finalized; with `init`, against that model.
+      batch_spec: name -> (shape of the global batch, dtype).
+      devices: by default all.
+      start: the model that `config.init` names, where the parameters are to be taken from it.
     Raises:
       plugs.ConfigError: an impossible mesh, a batch that does not divide, an objective without its statistics, a large
-        parameter that no mesh axis shards.
+        parameter that no mesh axis shards, parameters to train that are not there.
     """
+    known = config.model.attention.head_dim
+    plugs.check(known, "init", config.init, "its config is not known here; `experiments.train` loads it")
     mesh = make_mesh(config.mesh, devices)
     rules.check_batch(config.batch_size // config.accumulate, mesh)
     objectives = tuple(plugs.resolve("objective", spec, f"objectives[{i}]") for i, spec in enumerate(config.objectives))
     structure, shapes = abstract_model(config.model)
     axes = structure.map(lambda weight: weight.axes)
     rules.require_sharded(axes, shapes, mesh, config.mesh)
-    transformation = optim.optimizer(config.optimizer, config.steps, structure)
+    given = start.model.values if start else {}
+
+    def values(given: Any) -> Any:
+        drawn = initial_values(config.model, config.seed)
+        return start.values(given, drawn, config.model) if start else drawn
+
+    parts = partition(structure, jax.eval_shape(values, given), config.optimizer.train)
+    transformation = optim.optimizer(config.optimizer, config.steps, parts.trained)
     schedule = optim.schedule(config.optimizer, config.steps)
     averaged = config.optimizer.ema_decay > 0
 
-    def build() -> TrainState:
-        return init_state(config.model, config.seed, transformation, averaged)
+    def build(given: Any) -> TrainState:
+        return init_state(values(given), parts, config.seed, transformation, averaged, config.model.dtype)
 
-    abstract = jax.eval_shape(build)
-    shardings = state_shardings(abstract, axes, mesh)
+    abstract = jax.eval_shape(build, given)
+    shardings = state_shardings(abstract, parts, mesh)
     abstract = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=rules.batch_sharding(mesh, shape))
@@ -89,7 +109,7 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
 
     def jitted(stage: int, watch: bool) -> Any:
         step = make_train_step(
-            structure, config, objectives, transformation, schedule, devices=mesh.size, stage=stage, watch=watch
+            structure, parts, config, objectives, transformation, schedule, devices=mesh.size, stage=stage, watch=watch
         )
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -103,16 +123,21 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
             return jax.jit(step, out_shardings=rules.replicated(mesh))
 
         token_bytes = jax.ShapeDtypeStruct((config.model.vocab_size,), "float32", sharding=rules.replicated(mesh))
-        return compiled(f"evaluate stage {stage}" + " watched" * watch, evaluation, abstract.trainable, token_bytes, batch)
+        values = joined(abstract.trainable, abstract.frozen)
+        return compiled(f"evaluate stage {stage}" + " watched" * watch, evaluation, values, token_bytes, batch)
 
     def init() -> TrainState:
         # Threefry draws depend on nothing but the key, so a sharded init equals one device's.
-        return compiled("init", lambda: jax.jit(build, out_shardings=shardings))()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers")  # those that are frozen in another dtype
+            make = compiled("init", lambda: jax.jit(build, donate_argnums=0, out_shardings=shardings), given)
+        return make(start.take() if start else {})
 
     return Setup(
         config=config,
         mesh=mesh,
         structure=structure,
+        parts=parts,
         abstract_state=abstract,
         batch_spec=batch,
         boundaries=SiteRules.of(config.model).boundaries(),
@@ -122,15 +147,18 @@ def prepare(config: ExperimentConfig, batch_spec: BatchSpec, devices: Any = None
         train=train,
         evaluate=evaluate,
         compilations=compilations,
+        start=start,
     )
 
 
-def state_shardings(abstract: TrainState, axes: Any, mesh: Mesh) -> TrainState:
+def state_shardings(abstract: TrainState, parts: Partition, mesh: Mesh) -> TrainState:
     """Where each array of a state goes: parameters, moments and averages by logical axes, the rest everywhere."""
     whole: Any = rules.replicated(mesh)
+    axes, frozen = (part.map(lambda weight: weight.axes) for part in (parts.trained, parts.frozen))
     return TrainState(
         step=whole,
         trainable=rules.sharding_tree(axes, abstract.trainable, mesh),
+        frozen=rules.sharding_tree(frozen, abstract.frozen, mesh) if frozen else {},
         optimizer=rules.optimizer_sharding(abstract.optimizer, abstract.trainable, axes, mesh),
         average=rules.sharding_tree(axes, abstract.average, mesh) if abstract.average else {},
         guard=jax.tree.map(lambda _: whole, abstract.guard),
@@ -164,7 +192,8 @@ def summary(setup: Setup) -> list[str]:
     """What is printed before the first step: devices, parameters by part and where they lie, memory, flops, seconds."""
     config, mesh = setup.config, setup.mesh
     counts = parameter_counts(config.model)
-    actual = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(setup.abstract_state.trainable))
+    state = setup.abstract_state
+    trained, frozen = (sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(v)) for v in (state.trainable, state.frozen))
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if part != "total" and count)
     tokens = examples_to_tokens(config)
     flops = flops_per_token(config.model, tokens)
@@ -172,7 +201,7 @@ def summary(setup: Setup) -> list[str]:
     peak = metrics.peak_flops(device.device_kind, config.model.dtype, config.log.peak_flops)
     lines = [
         f"devices: {describe(mesh)} on {device.device_kind}",
-        f"parameters: {actual:,} ({parts})",
+        f"parameters: {trained + frozen:,} ({parts})" + (f", of which {trained:,} are trained" if frozen else ""),
         f"flops per token (forward and backward): {flops:,.0f}",
         metrics.mfu_formula(flops, mesh.size, device.device_kind, peak),
     ]
@@ -188,4 +217,5 @@ def summary(setup: Setup) -> list[str]:
 def parameter_table(setup: Setup) -> str:
     """Parameter, shape, spec and bytes per device, one line each."""
     axes = setup.structure.map(lambda weight: weight.axes)
-    return rules.format_table(rules.table(axes, setup.abstract_state.trainable, setup.mesh))
+    state = setup.abstract_state
+    return rules.format_table(rules.table(axes, joined(state.trainable, state.frozen), setup.mesh))

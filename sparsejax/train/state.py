@@ -12,14 +12,17 @@ from jaxtyping import Array
 from sparsejax import nnx_compat
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.transformer import Transformer
+from sparsejax.train.partition import Partition
 
 
 class TrainState(NamedTuple):
-    """step: int32[]; trainable: all that is differentiated and that optax sees, float32; optimizer: optax state;
-    average: the EMA of `trainable`, or {}; guard: debiased EMA of the loss and its weight, for spikes; rng: key data."""
+    """step: int32[]; trainable: all that is differentiated and that optax sees, float32; frozen: the other parameters (fitted,
+    packed, or left out by `optimizer.train`) in the compute dtype; optimizer: optax state; average: the EMA of `trainable`, or
+    {}; guard: debiased EMA of the loss and its weight, for spikes; rng: key data."""
 
     step: Array
     trainable: dict[str, Any]
+    frozen: dict[str, Any]
     optimizer: Any
     average: dict[str, Any]
     guard: dict[str, Array]
@@ -31,17 +34,35 @@ def abstract_model(config: ModelConfig) -> tuple[nnx_compat.Structure, dict[str,
     return nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
 
 
-def init_state(config: ModelConfig, seed: int, transformation: optax.GradientTransformation, averaged: bool) -> TrainState:
-    """Draw a model's parameters and empty optimizer state; meant to be compiled with `out_shardings`."""
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-    _, trainable = nnx_compat.split(Transformer(config, init_key))
+def initial_values(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """All parameters of a model as its seed draws them."""
+    return nnx_compat.split(Transformer(config, jax.random.split(jax.random.key(seed))[0]))[1]
+
+
+def init_state(
+    values: dict[str, Any],
+    parts: Partition,
+    seed: int,
+    transformation: optax.GradientTransformation,
+    averaged: bool,
+    dtype: str,
+) -> TrainState:
+    """The state before the first step; meant to be compiled with `out_shardings`.
+
+    Args:
+      values: of all parameters, see `initial_values`.
+      parts: which of them are trained.
+      dtype: the compute dtype.
+    """
+    trainable = parts.trained.map(lambda _, value: value.astype(jnp.float32), values)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
+        frozen=cast_for_compute(parts.frozen, values, dtype),
         optimizer=transformation.init(trainable),
         average=jax.tree.map(jnp.copy, trainable) if averaged else {},
         guard={"loss_ema": jnp.zeros((), jnp.float32), "weight": jnp.zeros((), jnp.float32)},
-        rng=jax.random.key_data(run_key),
+        rng=jax.random.key_data(jax.random.split(jax.random.key(seed))[1]),
     )
 
 

@@ -18,6 +18,7 @@ from sparsejax.nnx_compat import Structure
 from sparsejax.train import watch as watching
 from sparsejax.train.loss import Outputs, chunks_for, per_token, score, score_chunked
 from sparsejax.train.optim import clip_by_norm
+from sparsejax.train.partition import Partition, joined
 from sparsejax.train.state import TrainState, build
 
 Batch = dict[str, Array]
@@ -37,12 +38,15 @@ def model_outputs(model: Transformer, batch: Batch, ctx: Context, devices: int) 
 
 
 def loss_function(
-    structure: Structure, config: ExperimentConfig, objectives: tuple[Any, ...], devices: int
+    structure: Structure, config: ExperimentConfig, objectives: tuple[Any, ...], devices: int, frozen: dict[str, Any]
 ) -> Callable[..., tuple[Array, tuple[Outputs, dict[str, Any], dict[str, Array]]]]:
-    """`loss(trainable, batch, ctx, denominators)`: this microbatch's share of the loss of the whole batch."""
+    """`loss(trainable, batch, ctx, denominators)`: this microbatch's share of the loss of the whole batch.
+
+    `frozen` are the parameters that are not trained.
+    """
 
     def loss(trainable: Any, batch: Batch, ctx: Context, denominators: list[Array]) -> tuple[Array, Any]:
-        model = build(structure, trainable, config.model.dtype)
+        model = build(structure, joined(trainable, frozen), config.model.dtype)
         outputs, stats = model_outputs(model, batch, ctx, devices)
         terms = {
             name: term.numerator(outputs, batch, stats, ctx.step) / denominator
@@ -106,6 +110,7 @@ def _reduce_microbatches(stats: dict[str, Any]) -> dict[str, Any]:
 
 def make_train_step(
     structure: Structure,
+    parts: Partition,
     config: ExperimentConfig,
     objectives: tuple[Any, ...],
     transformation: optax.GradientTransformation,
@@ -118,10 +123,10 @@ def make_train_step(
     """`step(state, batch) -> (state, metrics)`.
 
     Args:
+      parts: which parameters of `structure` are trained.
       stage: the schedule boundary that the step has reached (see `Context.stage`).
       watch: also measure what `train.watch` measures; a static choice.
     """
-    loss = loss_function(structure, config, objectives, devices)
     probes: tuple[Probe, ...] = tuple(probe for term in objectives for probe in term.probes())
     if watch:
         probes += watching.probes(config.data.sequence_length)
@@ -129,6 +134,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         ctx = Context(step=state.step, rng=key, mode="train", stage=stage, probes=probes)
+        loss = loss_function(structure, config, objectives, devices, state.frozen)
         gradients, value, outputs, stats, terms = gradients_of(
             loss, state.trainable, batch, ctx, objectives, config.objectives, config.accumulate
         )
@@ -157,7 +163,7 @@ def make_train_step(
         }
         if watch:
             metrics["watch"] = watching.summarize(stats)
-            metrics |= watching.norms(structure, param=state.trainable, grad=gradients, update=updates)
+            metrics |= watching.norms(parts.trained, param=state.trainable, grad=gradients, update=updates)
         return new._replace(step=state.step + 1), metrics
 
     return step
@@ -189,15 +195,15 @@ def make_evaluation_step(
     stage: float,
     watch: bool,
 ) -> Callable[[Any, Array, Batch], dict[str, Any]]:
-    """`evaluate(trainable, token_bytes, batch) -> {nll, weight, bytes, correct: [B]}` per sequence, in inference mode.
+    """`evaluate(values, token_bytes, batch) -> {nll, weight, bytes, correct: [B]}` per sequence, in inference mode.
 
-    `token_bytes` float32[V] is the number of UTF-8 bytes of each token. With `watch` also the zeros and entries of the FFN
-    hidden vector per layer, under "counts".
+    `values` are all parameters; `token_bytes` float32[V] is the number of UTF-8 bytes of each token. With `watch` also the
+    zeros and entries of the FFN hidden vector per layer, under "counts".
     """
     probes = watching.probes(config.data.sequence_length) if watch else ()
 
-    def evaluate(trainable: Any, token_bytes: Array, batch: Batch) -> dict[str, Any]:
-        model = build(structure, trainable, config.model.dtype)
+    def evaluate(values: Any, token_bytes: Array, batch: Batch) -> dict[str, Any]:
+        model = build(structure, values, config.model.dtype)
         ctx = Context(mode="prefill", stage=stage, probes=probes)
         h, stats, _ = model.features(batch, ctx)
         if "labels" in batch:

@@ -18,7 +18,9 @@ from sparsejax.parallel.config import MeshConfig
 from sparsejax.train import optim
 from sparsejax.train.config import CheckpointConfig, OptimizerConfig
 from sparsejax.train.loss import chunks_for, score, score_chunked
+from sparsejax.train.partition import partition
 from sparsejax.train.setup import prepare
+from sparsejax.train.state import abstract_model, init_state, initial_values
 
 VOCAB, LENGTH, BATCH = 40, 16, 8
 
@@ -250,31 +252,30 @@ def test_score_counts_hits_and_weights():
     assert float(outputs.correct_sum) == 1.0 and float(outputs.weight_sum) == 2.0
 
 
+def first_state(structure, transformation):
+    values = initial_values(experiment().model, 0)
+    return init_state(values, partition(structure, values), 0, transformation, False, "float32")
+
+
 @pytest.mark.parametrize("name", sorted(optim.optimizers()))
 def test_every_optimizer_of_optax_takes_a_step(name):
     function = optim.optimizers()[name]
     decay = 0.01 if "weight_decay" in inspect.signature(function).parameters else 0.0
     schedule = "cosine" if optim.takes_schedule(function) else "constant"
     config = OptimizerConfig(name, learning_rate=1e-3, weight_decay=decay, schedule=schedule)
-    from sparsejax.train.state import abstract_model, init_state
-
-    model = experiment().model
-    structure, _ = abstract_model(model)
+    structure, _ = abstract_model(experiment().model)
     transformation = optim.optimizer(config, 10, structure)
-    state = init_state(model, 0, transformation, False)
+    state = first_state(structure, transformation)
     gradients = jax.tree.map(jnp.ones_like, state.trainable)
     updates, _ = jax.eval_shape(transformation.update, gradients, state.optimizer, state.trainable)
     assert jax.tree.structure(updates) == jax.tree.structure(state.trainable)
 
 
 def test_decay_reaches_the_roles_it_names_and_no_other():
-    from sparsejax.train.state import abstract_model, init_state
-
-    model = experiment().model
-    structure, _ = abstract_model(model)
+    structure, _ = abstract_model(experiment().model)
     config = OptimizerConfig("adamw", learning_rate=1.0, schedule="constant", weight_decay=0.5, decay_roles=("matrix",))
     transformation = optim.optimizer(config, 10, structure)
-    state = init_state(model, 0, transformation, False)
+    state = first_state(structure, transformation)
     zero = jax.tree.map(jnp.zeros_like, state.trainable)
     updates, _ = transformation.update(zero, state.optimizer, state.trainable)
     moved = structure.map(lambda w, u: bool(np.any(u != 0)), updates)

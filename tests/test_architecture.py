@@ -27,7 +27,7 @@ ORDER = [
         "sparsejax.train.config",
     ),
     ("kernels_pallas",),
-    ("sparsejax.arrays",),
+    ("sparsejax.sparse_arrays", "sparsejax.arrays"),
     ("sparsejax.parallel",),
     ("sparsejax.ops",),
     ("sparsejax.layers",),

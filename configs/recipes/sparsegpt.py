@@ -1,0 +1,12 @@
+"""SparseGPT on every map; the argument is the share of zeros, or n:m.
+
+    python -m experiments.compress --model smollm2-135m --recipe configs/recipes/sparsegpt.py:0.5 --out DIR
+    python -m experiments.compress --model smollm2-135m --recipe configs/recipes/sparsegpt.py:2:4 --out DIR
+"""
+
+from sparsejax.compress.recipe import Pass
+from sparsejax.methods.pruning.sparsegpt import SparseGPT
+
+
+def get_recipe(arg: str = "") -> list[Pass]:
+    return [SparseGPT(arg or "0.5")]

@@ -1,6 +1,6 @@
 """Operand types, and the one `matmul` that chooses its kernel from them.
 
-x is an Array, a SparseActivation or a QuantizedActivation; w an Array, QTensor, LowRank, Sum or Residual. Operands nest:
+x is an Array, a SparseActivation or a QuantizedActivation; w an Array, QTensor, NMSparse, LowRank, Sum or Residual. They nest:
 `SparseActivation.values` may be a QuantizedActivation, `Sum.base` a QTensor. A pair is looked up by its exact nested types;
 failing that the outer type is peeled by its defining identity (a SparseActivation is its values with zeros outside the mask, a
 Sum the sum of two products), then quantized operands are dequantized.
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
+from sparsejax.sparse_arrays import NMSparse
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class Residual:
 
         y = (x - mean) * m @ base + mean @ base + (x - mean) * (1 - m) @ dropped
 
-    base: any weight operand [in, out]; dropped: a LowRank, or None: they are lost; mean: float[in], or None: zeros.
+    base: any weight operand [in, out]; dropped: a LowRank, or None: they are lost; mean: float[in] or a number, or None: zero.
     A dense x gives x @ base.
     """
 
@@ -173,7 +174,7 @@ class Residual:
 
 
 # Types of stored weights by name, for the folders that hold them.
-WEIGHT_ARRAYS: dict[str, type] = {"QTensor": QTensor}
+WEIGHT_ARRAYS: dict[str, type] = {"QTensor": QTensor, "NMSparse": NMSparse}
 
 
 def pack_int4(codes: Int[Array, "*lead in out"]) -> Int[Array, "*lead half out"]:
@@ -197,6 +198,8 @@ def dense(x: Any) -> Array:
     """Any operand as the plain Array that it stands for."""
     if isinstance(x, SparseActivation | LowRank | Sum | Residual):
         return x.dense()
+    if isinstance(x, NMSparse):
+        return x.scattered(dense(x.values))
     return x.dequantize() if isinstance(x, QuantizedActivation | QTensor) else x
 
 
@@ -242,6 +245,8 @@ def kind(operand: Any) -> str:
     if isinstance(operand, SparseActivation):
         inner = kind(operand.values)
         return "SparseActivation" if inner == "Array" else f"SparseActivation[{inner}]"
+    if isinstance(operand, NMSparse):
+        return f"NMSparse[{kind(operand.values)}]"
     return type(operand).__name__ if isinstance(operand, QuantizedActivation | QTensor | LowRank | Sum | Residual) else "Array"
 
 
@@ -296,7 +301,19 @@ def _dense_product(accumulator: Any, x: Float[Array, "... in"], w: Float[Array, 
     XLA:CPU writes a transposed copy of the first operand of such a product. JAX's own rule always puts the output's gradient
     first: 16 % of a training step with a GELU FFN of 256 x 1024 goes into copying that of the wide hidden vector.
     """
-    return jnp.matmul(x, w, preferred_element_type=accumulator)
+    plain = functools.partial(jnp.matmul, preferred_element_type=accumulator)
+    if x.size == x.shape[-1] and x.dtype == jnp.bfloat16:
+        return jax.lax.platform_dependent(x, w, cpu=lambda x, w: _product_of_two(plain, x, w), default=plain)
+    return plain(x, w)
+
+
+def _product_of_two(product: Callable[[Array, Array], Array], x: Array, w: Array) -> Array:
+    """`product` of the one row in x, taken from that of the row twice over.
+
+    XLA:CPU has a bfloat16 kernel for two rows and more; for a single one it widens w to a float32 copy first (decoding SmolLM2,
+    these products take 6 to 8 times as long).
+    """
+    return product(jnp.broadcast_to(x.reshape(1, -1), (2, x.size)), w)[:1].reshape(*x.shape[:-1], -1)
 
 
 def _dense_product_backward(accumulator: Any, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:

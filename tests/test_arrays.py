@@ -170,6 +170,21 @@ def test_bfloat16_operands_give_bfloat16_and_float32_on_request():
     assert matmul(quantized, right("QTensor8")).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("out_dtype", [None, jnp.float32])
+def test_one_row_in_bfloat16_is_multiplied_as_among_others(lead, out_dtype):
+    rows, w = left("Array").astype(jnp.bfloat16), right("Array").astype(jnp.bfloat16)
+    x = rows[0].reshape(*lead, K)
+    found, pull = jax.vjp(lambda x, w: matmul(x, w, out_dtype=out_dtype), x, w)
+    among = matmul(rows, w, out_dtype=out_dtype)
+    assert found.shape == (*lead, OUT) and found.dtype == among.dtype
+    tolerance = 1e-5 if out_dtype else 2**-7
+    np.testing.assert_allclose(as_float64(found).reshape(-1), as_float64(among)[0], rtol=tolerance, atol=tolerance)
+    dx, dw = pull(jnp.ones_like(found))
+    assert dx.shape == x.shape
+    np.testing.assert_allclose(as_float64(dw), np.outer(as_float64(rows[0]), np.ones(OUT)), rtol=2**-7)
+
+
 def test_operands_cross_jit_scan_and_checkpointing_of_residuals():
     w = right("QTensor4", (2,))
 

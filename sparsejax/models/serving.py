@@ -87,7 +87,8 @@ def _fuse(block: Any) -> None:
     """Replace q, k and v, and gate and up, by one map each."""
     for module, names, fused in ((block.attn, ("q", "k", "v"), "qkv"), (block.mlp, ("gate", "up"), "gate_up")):
         linears = [getattr(module, name, None) for name in names]
-        if hasattr(module, fused) and can_fuse(linears):
+        selected = getattr(module, "neurons", None) is not None  # by the gate, before up: they cannot be one product
+        if hasattr(module, fused) and not selected and can_fuse(linears):
             setattr(module, fused, nnx_compat.data(Fused(linears)))
             for name in names:
                 setattr(module, name, None)

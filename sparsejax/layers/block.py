@@ -85,6 +85,7 @@ class Block(Module):
             h = dense(apply(self.skip_attn, h, ctx)) + delta + fed
         else:
             h = self._add(self.attn_norm if self.cross is None else self.cross_norm, h, delta, self.skip_attn, ctx)
+            mix_stats = merge_stats(mix_stats, ctx.measure("residual.attn", h))
             fed, feed_stats = self.feed(h, ctx)
             h = self._add(self.mlp_norm, h, fed, self.skip_mlp, ctx)
         h = constrain(h, "batch", "length", "embed_activation")

@@ -1,6 +1,7 @@
 """Which entries of a tensor flow on: one activation op per selector, for methods that are trained and that are fitted alike.
 
-    y = (x * m) W,   m = select(score(x)),   score = |x| | x | |x| * c          c[in]: the weight of a channel, fitted
+    y = (x * m) W,   m = select(score(x)),   score = |x| | x | |x| * c | |x - mu|
+                                              c[in]: the weight of a channel; mu: what entries lie around; both fitted
 
     threshold   m = score > t, strictly; t a number, or one per channel, fitted
     topk        m = the k largest scores of each token, exactly k, ties to the lowest index; k = max(1, round(fraction * in))
@@ -42,16 +43,18 @@ from sparsejax.ops.selectors import (
 )
 
 GRADIENTS = ("masked", "straight_through")
-SCORES = ("magnitude", "value", "weighted")
+SCORES = ("magnitude", "value", "weighted", "centred")
 Operand = Array | QuantizedActivation | SparseActivation
 Arrays = dict[str, Array]
 
 
 def score_of(x: Operand, score: str, arrays: Arrays) -> Float[Array, "... in"]:
-    """The score by which entries of x are chosen; `weighted` reads `arrays["scale"]` [in]."""
+    """The score by which entries of x are chosen; `weighted` reads `arrays["scale"]` [in], `centred` `arrays["mean"]` []."""
     values = jax.lax.stop_gradient(dense(x))
     if score == "value":
         return values
+    if score == "centred":
+        return jnp.abs(values - along(arrays["mean"], values))
     magnitude = jnp.abs(values)
     return magnitude if score == "magnitude" else magnitude * along(arrays["scale"], magnitude)
 
@@ -79,7 +82,9 @@ class Selector:
         plugs.check_choice(f"{name}: gradient", self.gradient, GRADIENTS)
 
     def parameters(self, shape: tuple[int, ...], axes: tuple[str | None, ...], key: Array) -> dict[str, Weight]:
-        """What calibration fits: the channels' weights, where the score has them."""
+        """What calibration fits: the channels' weights, or the number that entries lie around, where the score has them."""
+        if self.score == "centred":
+            return {"mean": fitted(None)}
         return {"scale": fitted(shape[-2])} if self.score == "weighted" else {}
 
     def chosen(self, x: Operand, mask: Array, ctx: Context) -> SparseActivation:

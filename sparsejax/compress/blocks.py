@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from sparsejax import nnx_compat
 from sparsejax.arrays import dense
@@ -57,9 +57,13 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._places)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What enters block 0."""
+    def embed(self, tokens: Any) -> Float[Array, "B T D"]:
+        """What enters block 0, float[B, T, D], for tokens int[B, T]."""
         return self._embed(self.model.values, jnp.asarray(tokens))
+
+    def kind(self, layer: int) -> tuple[str, str]:
+        """What layers share that share programs: their segment and slot of the stack."""
+        return self._places[layer][:2]
 
     def values(self, layer: int) -> dict[str, Any]:
         """The parameters of a block, as a nested dict (`values["attn"]["q"]["kernel"]`)."""
@@ -82,15 +86,15 @@ class Blocks:
           probes: see `taps`; hashable.
           sparsify: see `Context.sparsify`.
         """
-        segment, slot, _ = self._places[layer]
-        return self._run(segment, slot, probes)(self.values(layer) if values is None else values, h, sparsify)
+        first = self._places.index((*self.kind(layer), 0))
+        return self._run(first, probes)(self.values(layer) if values is None else values, h, sparsify)
 
     def tensors(self, layer: int, h: Float[Array, "B T D"], *sites: str, values: Any = None) -> tuple[Array, dict[str, Array]]:
         """(what leaves the block, `{site: tensor}`) of block-local sites."""
         h, stats = self.run(layer, h, values=values, probes=taps(*sites))
         return h, {site: stats[site]["value"].value for site in sites}
 
-    def stream(self, tokens: Int[Array, "B T"]) -> Iterator[tuple[int, Float[Array, "B T D"]]]:
+    def stream(self, tokens: Any) -> Iterator[tuple[int, Float[Array, "B T D"]]]:
         """(layer, what enters it) from the first to the last, under the model's own parameters."""
         h = self.embed(tokens)
         for layer in range(len(self)):
@@ -125,15 +129,16 @@ class Blocks:
             self._structures[segment, slot], _ = nnx_compat.split(stacked)
         return self._structures[segment, slot]
 
-    def _compile(self, segment: str, slot: str, probes: tuple[Probe, ...]) -> Callable[..., Any]:
-        structure = self._structure(segment, slot)
-        layers = [layer for layer, place in enumerate(self._places) if place[:2] == (segment, slot)]
+    def trace(
+        self, layer: int, values: dict[str, Any], h: Array, probes: tuple[Probe, ...] = (), sparsify: Array | None = None
+    ) -> tuple[Array, dict[str, dict[str, Stat]]]:
+        """`run` under the caller's own transformations."""
+        block = self.module(layer, values)
+        first = self._places.index((*self.kind(layer), 0))
+        ctx = self.context(h.shape[1], h.shape[0])._replace(layer=first, probes=probes, sparsify=sparsify)
+        with nnx_compat.read_only():
+            h, stats, _ = block(h, ctx, None)
+        return h, stats
 
-        def run(values: dict[str, Any], h: Array, sparsify: Array | None) -> Any:
-            block = nnx_compat.merge(structure, values)
-            ctx = self.context(h.shape[1], h.shape[0])._replace(layer=layers[0], probes=probes, sparsify=sparsify)
-            with nnx_compat.read_only():
-                h, stats, _ = block(h, ctx, None)
-            return h, stats
-
-        return jax.jit(run)
+    def _compile(self, layer: int, probes: tuple[Probe, ...]) -> Callable[..., Any]:
+        return jax.jit(lambda values, h, sparsify: self.trace(layer, values, h, probes, sparsify))

@@ -1,0 +1,15 @@
+"""Top-k of magnitudes: exactly k entries of each token at the input of every linear map, the same share everywhere.
+
+    python -m experiments.compress --model smollm2-135m --recipe configs/recipes/topk.py:0.5 --out runs/topk
+
+The argument is the model sparsity. TEAL's score with a static number of entries and nothing fitted: the baseline for bases,
+scores and allocators.
+"""
+
+from sparsejax.compress.allocators import Uniform
+from sparsejax.compress.recipe import Pass
+from sparsejax.methods.sparsity.teal import Teal
+
+
+def get_recipe(arg: str = "") -> list[Pass]:
+    return [Teal(float(arg or 0.5), "topk", Uniform())]

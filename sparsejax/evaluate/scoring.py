@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import nnx_compat
-from sparsejax.context import Context
+from sparsejax.context import Context, Probe
 from sparsejax.evaluate.scope import Scope
 from sparsejax.io.model import Model
 from sparsejax.plugs import check
@@ -46,6 +46,18 @@ class Scores(NamedTuple):
     greedy: np.ndarray
 
 
+class Meter(NamedTuple):
+    """What is measured while rows are scored.
+
+    Fields:
+      probes: see `Context.probes`.
+      reduce: (statistics of a forward pass by site, which tokens count bool[B, T]) -> a tree of sums over those tokens.
+    """
+
+    probes: tuple[Probe, ...]
+    reduce: Callable[[dict[str, Any], Array], Any]
+
+
 class Bucket(NamedTuple):
     """Rows that share a shape: `batch` of them at a time, padded to `length` inputs of which at most `scored` count."""
 
@@ -58,13 +70,14 @@ class Bucket(NamedTuple):
 class Scorer:
     """Scores rows under a causal language model; what it compiled stays, so that further data of the same shapes is free."""
 
-    def __init__(self, model: Model, batch: int = 0, scope: Scope = Scope()):
+    def __init__(self, model: Model, batch: int = 0, scope: Scope = Scope(), meter: Meter | None = None):
         """Check the model.
 
         Args:
           model: a decoder that predicts tokens.
           batch: rows per forward pass; 0: as many as `BATCH_TOKENS` allow.
           scope: at which tokens of a row activation sparsity acts.
+          meter: measures the tokens in scope, see `measured`.
         Raises:
           ConfigError: not a causal language model, or a negative batch.
         """
@@ -73,7 +86,8 @@ class Scorer:
         check(config.kind == "decoder" and config.head and not config.num_classes, "--model", model.name,
               f"is {what}; likelihoods of text need a decoder that predicts the next token")
         check(batch >= 0, "--batch", batch, "must be 0 (chosen by length) or more")
-        self.model, self.batch, self.scope = model, batch, scope
+        self.model, self.batch, self.scope, self.meter = model, batch, scope, meter
+        self._measured: Any = None
         self.compiled_shapes: list[tuple[int, ...]] = []  # (batch, length, scored) of each program traced so far
         self._step = jax.jit(self._trace, static_argnames="whole")
 
@@ -81,6 +95,11 @@ class Scorer:
     def max_length(self) -> int:
         """Inputs that the model takes at once."""
         return self.model.config.max_length
+
+    def measured(self) -> Any:
+        """The meter's sums (float64) over the tokens in scope that were scored since the last call; padding is left out."""
+        found, self._measured = self._measured, None
+        return found
 
     def score(self, rows: Sequence[Row], advance: Callable[[int], None] = lambda tokens: None) -> Scores:
         """Score rows, in any order of length.
@@ -101,17 +120,21 @@ class Scorer:
 
         def finish() -> None:
             chosen, found = pending.popleft()
-            sums, hits = jax.device_get(found)
+            sums, hits, measured = jax.device_get(found)
             nll[chosen], greedy[chosen] = sums[: len(chosen)], hits[: len(chosen)]
+            if self.meter is not None:
+                total = jax.tree.map(lambda a: np.asarray(a, np.float64), measured)
+                self._measured = total if self._measured is None else jax.tree.map(np.add, self._measured, total)
             advance(sum(len(rows[i].tokens) for i in chosen))
 
         for bucket in plan_buckets(rows, self.batch, self.max_length, platform):
             for begin in range(0, len(bucket.rows), bucket.batch):
                 chosen = bucket.rows[begin : begin + bucket.batch]
                 arrays = pack([rows[i] for i in chosen], bucket)
-                sparse = self._sparse([len(rows[i].tokens) for i in chosen], bucket)
+                lengths = [len(rows[i].tokens) for i in chosen]
+                masks = self._sparse(lengths, bucket), self._metered(lengths, bucket)
                 whole = bucket.scored == bucket.length
-                pending.append((chosen, self._step(self.model.values, *arrays, sparse, whole=whole)))
+                pending.append((chosen, self._step(self.model.values, *arrays, *masks, whole=whole)))
                 if len(pending) > (platform != "cpu"):  # one batch ahead; on CPU two would compete for the cores
                     finish()
         while pending:
@@ -120,8 +143,17 @@ class Scorer:
 
     def _sparse(self, lengths: Sequence[int], bucket: Bucket) -> np.ndarray | None:
         """bool[batch, length], see `Context.sparsify`; None where the scope is all tokens."""
-        if self.scope == Scope():
+        return None if self.scope == Scope() else self._in_scope(lengths, bucket)
+
+    def _metered(self, lengths: Sequence[int], bucket: Bucket) -> np.ndarray | None:
+        """bool[batch, length]: inputs in scope, without padding; None where nothing is measured."""
+        if self.meter is None:
             return None
+        last = np.zeros(bucket.batch, np.int32)
+        last[: len(lengths)] = np.asarray(lengths) - 1  # the last token is predicted, not read
+        return self._in_scope(lengths, bucket) & (np.arange(bucket.length) < last[:, None])
+
+    def _in_scope(self, lengths: Sequence[int], bucket: Bucket) -> np.ndarray:
         first = np.zeros(bucket.batch, np.int32)
         first[: len(lengths)] = [self.scope.first_sparse(length) for length in lengths]
         return np.arange(bucket.length) >= first[:, None]
@@ -133,17 +165,21 @@ class Scorer:
         positions: Int[Array, "B C"],
         targets: Int[Array, "B C"],
         counted: Bool[Array, "B C"],
-        sparse: Bool[Array, "B T"] | None,
+        sparse: Bool[Array, "B T"] | None = None,
+        metered: Bool[Array, "B T"] | None = None,
+        *,
         whole: bool,
-    ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    ) -> tuple[Float[Array, " B"], Bool[Array, " B"], Any]:
         self.compiled_shapes.append((*tokens.shape, targets.shape[1]))
         module = nnx_compat.merge(self.model.structure, values)
-        h, _, _ = module.features({"tokens": tokens}, Context(mode="prefill", sparsify=sparse))
+        probes = () if self.meter is None else self.meter.probes
+        h, stats, _ = module.features({"tokens": tokens}, Context(mode="prefill", sparsify=sparse, probes=probes))
+        measured = None if self.meter is None or metered is None else self.meter.reduce(stats, metered)
         if not whole:
             h = jnp.take_along_axis(h, positions[..., None], axis=1)
         nll, hit = token_scores(module.logits, h.reshape(-1, h.shape[-1]), targets.reshape(-1), self.model.config.vocab_size)
         nll, hit = nll.reshape(targets.shape), hit.reshape(targets.shape)
-        return jnp.sum(jnp.where(counted, nll, 0), axis=1), jnp.all(hit | ~counted, axis=1)
+        return jnp.sum(jnp.where(counted, nll, 0), axis=1), jnp.all(hit | ~counted, axis=1), measured
 
 
 def token_scores(

@@ -17,6 +17,7 @@ import numpy as np
 from sparsejax.data.tokenizers import Tokenizer
 from sparsejax.evaluate.perplexity import PERPLEXITY_WINDOW, Windows, cut_windows, paired_difference, perplexity
 from sparsejax.evaluate.progress import Advance, progress_bar
+from sparsejax.evaluate.scope import Scope
 from sparsejax.evaluate.scoring import Scorer
 from sparsejax.evaluate.tasks import TASKS, EncodedTask, Task, encode_task, open_task, score_task
 from sparsejax.evaluate.texts import TEXTS, EvaluationText, open_text, split_specs
@@ -24,13 +25,15 @@ from sparsejax.io.model import Model
 from sparsejax.plugs import ConfigError, check, check_choice
 
 Source = EvaluationText | Task
+Encoded = Windows | EncodedTask
+Inspect = Callable[[str, Sequence[np.ndarray]], None]
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 
-class _Scored(NamedTuple):
-    """The numbers of one source, and the value of every window or row, for pairs."""
+class Scored(NamedTuple):
+    """One source under one model: its protocol and numbers, and the value of every window (loss) or question (0 or 1)."""
 
-    numbers: dict[str, Any]
+    record: dict[str, Any]
     values: np.ndarray
 
 
@@ -54,9 +57,11 @@ def evaluate(
     sources: Sequence[Source],
     *,
     baseline: Model | None = None,
+    scope: Scope = Scope(),  # noqa: B008  (frozen)
     window: int = PERPLEXITY_WINDOW,
     limit: int = 0,
     batch: int = 0,
+    inspect: Inspect | None = None,
     progress: Progress = progress_bar,
 ) -> list[dict[str, Any]]:
     """One record of plain values per source: its protocol (what exactly was scored) and its numbers.
@@ -64,25 +69,76 @@ def evaluate(
     Args:
       model: a causal language model with its tokenizer.
       baseline: scored on the same windows and rows; records then hold its numbers and the mean paired difference.
+      scope: at which tokens activation sparsity acts; for any but all, only targets predicted from there count.
       window: tokens per window of a text.
       limit: windows of a text, or rows of a task; 0: all.
       batch: windows or rows per forward pass; 0: chosen by length and device.
+      inspect: called with each source's name and the tokens to be scored before any is, to refuse them.
       progress: (what is scored, its tokens) -> context manager of a function that takes the tokens just finished.
     Raises:
-      ConfigError: a model that is not a language model or has no tokenizer, a window that the model or a text is too short for,
-        a baseline whose tokenizer differs where texts are to be compared.
+      ConfigError: a model that is not a language model or has no tokenizer, a window that the model or a text is too short for
+        or that the scope leaves nothing of, a baseline whose tokenizer differs where texts are to be compared.
+    """
+    models = [model] if baseline is None else [model, baseline]
+    scorers = [Scorer(one, batch, scope) for one in models]
+    encoded = [encode(one, sources, window, limit, scope) for one in models]
+    if any(isinstance(source, EvaluationText) for source in sources):
+        _check_same_tokenizer(models)
+    for source, piece in zip(sources, encoded[0], strict=True):
+        if inspect is not None:
+            inspect(source.name, tokens_of(piece))
+    records = []
+    for source, *pieces in zip(sources, *encoded, strict=True):
+        found = []
+        for scorer, piece in zip(scorers, pieces, strict=True):
+            title = f"{source.name} {scorer.model.name}" if len(scorers) > 1 else source.name
+            found.append(score(scorer, source, piece, title, progress))
+        seconds = sum(one.record["seconds"] for one in found)
+        beside = {"baseline": compared(*found)} if len(found) > 1 else {}
+        records.append({**found[0].record, "seconds": seconds, **beside})
+    return records
+
+
+def encode(
+    model: Model, sources: Sequence[Source], window: int, limit: int, scope: Scope = Scope()  # noqa: B008  (frozen)
+) -> list[Encoded]:
+    """The windows of each text and the rows of each task, as `evaluate` takes them.
+
+    Raises:
+      ConfigError: as `evaluate`, for one model.
     """
     check(window >= 2, "--window", window, "must be at least 2: one token is given, the next is predicted")
     check(limit >= 0, "--limit", limit, "must be 0 (all) or more")
-    models = [model] if baseline is None else [model, baseline]
-    scorers = [Scorer(one, batch) for one in models]
-    tokenizers = [_tokenizer_of(one) for one in models]
     if any(isinstance(source, EvaluationText) for source in sources):
-        for scorer in scorers:
-            _check_window(scorer, window)
-        _check_same_tokenizer(models, tokenizers)
-    encoded = [[_encode(source, scorer, window, limit) for scorer in scorers] for source in sources]
-    return [_record(source, pieces, scorers, progress) for source, pieces in zip(sources, encoded, strict=True)]
+        longest = model.config.max_length
+        check(window <= longest, "--window", window, f"{model.name} has {longest} positions; give --window={longest} or less")
+        left = window - 1 - scope.first_scored(window)
+        check(left > 0, "--scope", scope.tokens, f"with --keep-first={scope.keep_first} leaves no target of {window} tokens")
+    return [_encode(source, model, window, limit) for source in sources]
+
+
+def tokens_of(encoded: Encoded) -> list[np.ndarray]:
+    """The tokens of each window or row."""
+    return list(encoded.tokens) if isinstance(encoded, Windows) else [row.tokens for row in encoded.rows]
+
+
+def score(
+    scorer: Scorer, source: Source, encoded: Encoded, title: str = "", progress: Progress = progress_bar
+) -> Scored:
+    """Score one source; the record also has the seconds that it took."""
+    start = time.perf_counter()
+    with progress(title or source.name, sum(map(len, tokens_of(encoded)))) as advance:
+        numbers, values = _numbers(scorer, encoded, advance)
+    record = {**protocol(source, encoded, scorer.scope), **numbers, "seconds": time.perf_counter() - start}
+    return Scored(record, values)
+
+
+def compared(ours: Scored, baseline: Scored) -> dict[str, Any]:
+    """The baseline's numbers with the mean paired difference, ours minus its, and that one's standard error."""
+    difference = paired_difference(ours.values, baseline.values)
+    what = "loss" if baseline.record["kind"] == "perplexity" else "acc"
+    numbers = {name: value for name, value in baseline.record.items() if name not in (*PROTOCOL, "seconds")}
+    return {**numbers, f"{what}_difference": difference.mean, f"{what}_difference_error": difference.error}
 
 
 def _tokenizer_of(model: Model) -> Tokenizer:
@@ -92,65 +148,43 @@ def _tokenizer_of(model: Model) -> Tokenizer:
     return tokenizer
 
 
-def _check_window(scorer: Scorer, window: int) -> None:
-    check(window <= scorer.max_length, "--window", window, f"{scorer.model.name} has {scorer.max_length} positions; "
-          f"give --window={scorer.max_length} or less")
-
-
-def _check_same_tokenizer(models: list[Model], tokenizers: list[Tokenizer]) -> None:
-    check(len({tokenizer.fingerprint for tokenizer in tokenizers}) == 1, "--baseline", models[-1].name,
+def _check_same_tokenizer(models: list[Model]) -> None:
+    check(len({_tokenizer_of(one).fingerprint for one in models}) == 1, "--baseline", models[-1].name,
           f"its tokenizer differs from that of {models[0].name}: windows of other tokens cannot be paired; evaluate it by "
           "itself and compare bits per byte")
 
 
-def _encode(source: Source, scorer: Scorer, window: int, limit: int) -> Windows | EncodedTask:
-    tokenizer = _tokenizer_of(scorer.model)
-    encoded: Windows | EncodedTask
+def _encode(source: Source, model: Model, window: int, limit: int) -> Encoded:
+    tokenizer = _tokenizer_of(model)
+    encoded: Encoded
     if isinstance(source, EvaluationText):
         encoded = cut_windows(source.text, tokenizer, window, limit, source.name)
-        highest = int(encoded.tokens.max())
     else:
-        encoded = encode_task(source, tokenizer, scorer.max_length, limit)
-        highest = max(int(row.tokens.max()) for row in encoded.rows)
-    check(highest < scorer.model.config.vocab_size, "--model", scorer.model.name,
-          f"its tokenizer gives id {highest} for {source.name}, its embedding has {scorer.model.config.vocab_size} rows")
+        encoded = encode_task(source, tokenizer, model.config.max_length, limit)
+    highest = max(int(tokens.max()) for tokens in tokens_of(encoded))
+    check(highest < model.config.vocab_size, "--model", model.name,
+          f"its tokenizer gives id {highest} for {source.name}, its embedding has {model.config.vocab_size} rows")
     return encoded
 
 
-def _record(
-    source: Source, pieces: Sequence[Windows | EncodedTask], scorers: Sequence[Scorer], progress: Progress
-) -> dict[str, Any]:
-    start = time.perf_counter()
-    found = []
-    for encoded, scorer in zip(pieces, scorers, strict=True):
-        title = f"{source.name} {scorer.model.name}" if len(scorers) > 1 else source.name
-        with progress(title, _tokens_of(encoded)) as advance:
-            found.append(_score(scorer, encoded, advance))
-    record = {**_protocol(source, pieces[0]), **found[0].numbers, "seconds": time.perf_counter() - start}
-    if len(found) > 1:
-        difference = paired_difference(found[0].values, found[1].values)
-        what = "loss" if isinstance(source, EvaluationText) else "acc"
-        paired = {f"{what}_difference": difference.mean, f"{what}_difference_error": difference.error}
-        record["baseline"] = {**found[1].numbers, **paired}
-    return record
-
-
-def _tokens_of(encoded: Windows | EncodedTask) -> int:
-    return encoded.tokens.size if isinstance(encoded, Windows) else sum(len(row.tokens) for row in encoded.rows)
-
-
-def _score(scorer: Scorer, encoded: Windows | EncodedTask, advance: Advance) -> _Scored:
+def _numbers(scorer: Scorer, encoded: Encoded, advance: Advance) -> tuple[dict[str, Any], np.ndarray]:
+    """(the numbers of a source, the value of every window or question)."""
     if isinstance(encoded, Windows):
-        found = perplexity(scorer, encoded, _tokenizer_of(scorer.model).token_bytes, advance)
-        numbers = found._asdict()
-        return _Scored(numbers, numbers.pop("window_losses"))
+        numbers = perplexity(scorer, encoded, _tokenizer_of(scorer.model).token_bytes, advance)._asdict()
+        return numbers, numbers.pop("window_losses")
     result = score_task(scorer, encoded, advance)
-    return _Scored({**result.numbers, "truncated": encoded.truncated}, result.correct)
+    return {**result.numbers, "truncated": encoded.truncated}, result.correct
 
 
-def _protocol(source: Source, encoded: Windows | EncodedTask) -> dict[str, Any]:
-    """What was scored, so that another run can be told to be the same."""
-    shared = {"data": source.name, "path": source.path, "sha256": source.sha256}
+PROTOCOL = (
+    "data", "path", "sha256", "kind", "rule", "window", "windows", "windows_total", "rows", "rows_total", "scope", "keep_first",
+)
+
+
+def protocol(source: Source, encoded: Encoded, scope: Scope) -> dict[str, Any]:
+    """What is scored (keys of `PROTOCOL`), so that another run can be told to be the same."""
+    shared: dict[str, Any] = {"data": source.name, "path": source.path, "sha256": source.sha256}
+    shared |= {"scope": scope.tokens, "keep_first": scope.keep_first}
     if isinstance(source, EvaluationText):
         assert isinstance(encoded, Windows)
         count, window = encoded.tokens.shape

@@ -1,0 +1,59 @@
+"""Run the claims of papers as computations, and print what was claimed, expected and measured, with a verdict.
+
+    python -m experiments.claims                       # all, quick tier; resumes what an earlier call computed
+    python -m experiments.claims teal_greedy larosa    # some
+    python -m experiments.claims --fast                # those that CI runs
+    python -m experiments.claims --list                # names and minutes, nothing is run
+
+A verdict is `holds`, `fails` or `not run` (and why); it comes from the numbers of this run alone. Texts and models that are not
+there give `not run`. --full takes the full tier: all windows, more calibration; hours on a CPU.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import entry
+
+
+@dataclass
+class Flags:
+    fast: bool = entry.flag(False, "only the fast ones")
+    full: bool = entry.flag(False, "full tier instead of quick")
+    list: bool = entry.flag(False, "print the claims and what they take")
+    out: str = entry.flag("runs/claims", "folder that keeps what was computed")
+
+
+def main(call: entry.Call[Flags]) -> Any:
+    from experiments.claims.bench import Bench
+    from experiments.claims.claim import judge, select
+    from experiments.claims.registry import CLAIMS
+
+    flags = call.flags
+    chosen = select(CLAIMS, call.names, flags.fast)
+    if flags.list:
+        print("\n".join(f"{claim.name:<28} {claim.minutes:5.1f} min  {claim.paper}" for claim in chosen))
+        return [{"name": claim.name, "paper": claim.paper, "minutes": claim.minutes} for claim in chosen]
+    bench = Bench(Path(flags.out), "full" if flags.full else "quick", call.command)
+    records = []
+    for number, claim in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}] {claim.name} (about {claim.minutes:g} minutes): {claim.claim}", flush=True)
+        records.append(judge(claim, bench))
+        print(_told(records[-1]), flush=True)
+    counts = {verdict: sum(record["verdict"] == verdict for record in records) for verdict in ("holds", "fails", "not run")}
+    print(f"{len(records)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    return records
+
+
+def _told(record: dict[str, Any]) -> str:
+    lines = [f"  {record['verdict'].upper()} after {record['seconds']:.0f} s"]
+    for name in ("paper", "expected", "measured"):
+        lines += textwrap.wrap(f"{name}: {record[name]}", 124, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    entry.run(main, Flags, config=False, names="claim")

@@ -150,28 +150,46 @@ def load_config(spec: str) -> ExperimentConfig:
     Raises:
       ConfigError: no such file, a file that does not run or has no `get_config`, or one that returns something else.
     """
-    path_text, _, argument = spec.partition(":")
-    path = Path(path_text)
-    if not path.is_file():
-        siblings = [str(p) for pattern in ("*.py", "*.json") for p in path.parent.glob(pattern)] if path.parent.is_dir() else []
-        raise ConfigError(f"--config = {path_text!r}: there is no such file.{nearest(path_text, siblings)}")
+    path_text = spec.partition(":")[0]
+    path = _existing("--config", path_text)
     if path.suffix == ".json":
         try:
             return from_json(path.read_text(encoding="utf-8"), ExperimentConfig, path_text)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--config = {path_text!r}: cannot be read ({error})") from error
-    module = _execute(path)
-    get_config = getattr(module, "get_config", None)
-    check(callable(get_config), "--config", path_text, "the file has no function get_config(arg)")
+    check(path.suffix == ".py", "--config", path_text, "expected a .py or .json file")
+    config = from_file("--config", spec, "get_config")
+    check(isinstance(config, ExperimentConfig), "--config", path_text,
+          f"get_config returned {type(config).__name__}, expected ExperimentConfig")
+    return config
+
+
+def from_file(flag: str, spec: str, function: str) -> Any:
+    """What `function(ARGUMENT)` of `FILE.py:ARGUMENT` returns.
+
+    Args:
+      flag: that `spec` was given with, for messages.
+    Raises:
+      ConfigError: no such file, or one that does not run or lacks the function; what the function raises, with its line.
+    """
+    path_text, _, argument = spec.partition(":")
+    path = _existing(flag, path_text)
+    called = getattr(_execute(path, flag), function, None)
+    check(callable(called), flag, path_text, f"the file has no function {function}(arg)")
     try:
-        config = typing.cast(Any, get_config)(argument)
+        return typing.cast(Any, called)(argument)
     except ConfigError:
         raise
     except Exception as error:  # whatever a user's file does wrong is told in its own place
         raise ConfigError(_where(error, path)) from error
-    check(isinstance(config, ExperimentConfig), "--config", path_text,
-          f"get_config returned {type(config).__name__}, expected ExperimentConfig")
-    return config
+
+
+def _existing(flag: str, path_text: str) -> Path:
+    path = Path(path_text)
+    if not path.is_file():
+        siblings = [str(p) for pattern in ("*.py", "*.json") for p in path.parent.glob(pattern)] if path.parent.is_dir() else []
+        raise ConfigError(f"{flag} = {path_text!r}: there is no such file.{nearest(path_text, siblings)}")
+    return path
 
 
 def write_json(path: str | Path, result: Any) -> None:
@@ -332,10 +350,10 @@ def _help(description: Any, values: absl_flags.FlagValues) -> str:
     return f"{(getattr(module, '__doc__', None) or '').strip()}\n{values.get_help(include_special_flags=False)}"
 
 
-def _execute(path: Path) -> types.ModuleType:
+def _execute(path: Path, flag: str) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--config = {str(path)!r}: expected a .py or .json file")
+        raise ConfigError(f"{flag} = {str(path)!r}: expected a .py file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

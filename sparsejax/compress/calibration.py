@@ -17,6 +17,7 @@ from sparsejax.plugs import ConfigError, check
 
 SHINGLE = 64
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_HASHED_AT_ONCE = 2**20  # tokens
 
 
 @dataclass(frozen=True)
@@ -80,28 +81,32 @@ def calibrate(spec: CalibrationSpec, tokenizer: Tokenizer, directories: Sequence
 
 
 def rolling_hashes(tokens: np.ndarray) -> np.ndarray:
-    """uint64 hash of the 64 tokens from each offset on; empty where there are fewer."""
-    count = len(tokens) - SHINGLE + 1
-    if count <= 0:
-        return np.zeros(0, np.uint64)
+    """uint64 hash of the 64 tokens from each offset of the last axis on; empty where there are fewer."""
+    count = max(0, tokens.shape[-1] - SHINGLE + 1)
     mixed = (tokens.astype(np.uint64) + np.uint64(1)) * _FACTOR
-    total = np.zeros(count, np.uint64)
-    for offset in range(SHINGLE):
-        total = total * np.uint64(1099511628211) + mixed[offset : offset + count]
+    total = np.zeros((*tokens.shape[:-1], count), np.uint64)
+    for offset in range(SHINGLE if count else 0):
+        total = total * np.uint64(1099511628211) + mixed[..., offset : offset + count]
     return total
 
 
-def check_disjoint(shingles: np.ndarray, evaluated: np.ndarray, name: str) -> None:
+def check_disjoint(shingles: np.ndarray, evaluated: Sequence[np.ndarray], name: str) -> None:
     """Refuse an evaluation that shares 64 consecutive tokens with a calibration.
 
     Args:
       shingles: `Calibration.shingles`.
-      evaluated: int[N, W] windows of the evaluation.
+      evaluated: the tokens of each window or row of the evaluation.
       name: of the evaluated text.
     Raises:
       ConfigError: with the number of windows concerned.
     """
-    hit = [bool(np.isin(rolling_hashes(window), shingles).any()) for window in evaluated]
-    if any(hit):
-        raise ConfigError(f"calibration overlaps evaluation: {sum(hit)} of {len(hit)} windows of {name} hold 64 tokens in a "
+    lengths = np.array([len(window) for window in evaluated])
+    hits = 0
+    for length in np.unique(lengths):
+        chosen = np.flatnonzero(lengths == length)
+        for part in np.array_split(chosen, -(-len(chosen) * int(length) // _HASHED_AT_ONCE)):
+            hashes = rolling_hashes(np.stack([evaluated[int(i)] for i in part]))
+            hits += int(np.isin(hashes, shingles).any(axis=-1).sum())
+    if hits:
+        raise ConfigError(f"calibration overlaps evaluation: {hits} of {len(evaluated)} windows of {name} hold 64 tokens in a "
                           "row that were calibrated on; choose another split, or --allow-overlap")

@@ -6,6 +6,7 @@ Importing it again gives the same parameters bit for bit.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparsejax.io.model import Model
 from sparsejax.io.model_folder import claim, write_texts
 from sparsejax.io.safetensors_file import write_safetensors
 from sparsejax.io.weights_out import plan_tensors
+from sparsejax.layers.op import FIELDS
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.sizes import parameter_counts
 from sparsejax.plugs import ConfigError
@@ -47,22 +49,30 @@ def write_hf(model: Model, folder: Path | str, *, command: str = "", results: Se
       ConfigError: no published family can express the config (says which field for each that comes near), packed weights, or a
         folder that is in use.
     """
-    family, published = family_for(model)
+    dense = model.with_rules()
+    family, published = family_for(dense)
     published = {"architectures": [family.architecture], **_special_ids(model), **published, "dtype": model.config.dtype}
-    plan = plan_tensors(model.config, family, model.structure, model.values)
+    plan = plan_tensors(dense.config, family, dense.structure, dense.values)
+    arrays = sparsity_config.arrays_of_ops(model)
     documents: dict[str, Any] = {"config.json": published, **_tokenizer_documents(model)}
     extra = sparsity_config.written(model.config)
     notes: list[str] = []
     if extra is not None:
         documents[sparsity_config.NAME] = extra
+        beside = f", what they were fitted to in {sparsity_config.ARRAYS}" if arrays else ""
         notes.append(
-            f"config.json has no words for the rules of model.inputs and model.weights: they are in {sparsity_config.NAME}, "
-            "and readers that do not know it compute the dense model"
+            "config.json has no words for rules (model.inputs, weights, neurons, residuals): they are in "
+            f"{sparsity_config.NAME}{beside}, and readers that do not know it compute the dense model"
         )
     texts = {"README.md": model_card(model, family, command, results, notes)}
     texts |= {name: _text(document) for name, document in reversed(documents.items())}
     folder = claim(folder, "--out")
     written = write_safetensors(folder, plan)
+    if arrays:
+        apart = folder / "arrays"
+        (single,) = write_safetensors(apart, arrays, max_shard_bytes=2**62).files
+        os.replace(single, folder / sparsity_config.ARRAYS)
+        apart.rmdir()
     write_texts(folder, texts)
     return Exported(family.name, sorted(p.name for p in folder.iterdir()), written.size, notes)
 
@@ -164,7 +174,7 @@ def model_card(
     source, config = model.source, model.config
     parameters = parameter_counts(config)["total"]
     base = source.get("run") and f"trained by sparsejax, run `{source['run']}` at step {source.get('step')}"
-    recipe = [*(f"inputs: {rule}" for rule in config.inputs), *(f"weights: {rule}" for rule in config.weights)]
+    recipe = [f"{field}: {rule}" for field in FIELDS for rule in getattr(config, field)]
     rows = [f"| {name} | {value} |" for name, value in results]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     parts = [
@@ -173,12 +183,20 @@ def model_card(
         f"{family.architecture}, {parameters:,} parameters, {config.dtype}.",
         f"**Base model:** {base or f'{source.get('title', model.name)}, read from {source.get('format', 'a model folder')}'}",
         "**Recipe:** " + ("; ".join(f"`{rule}`" for rule in recipe) or "none: the weights are as they were read"),
-        f"**Calibration:** {source.get('calibration', 'none')}",
+        f"**Calibration:** {_calibration(source.get('compression'))}",
         *notes,
         *(["| measured | value |\n|---|---|\n" + "\n".join(rows)] if rows else []),
         f"Written with {versions}" + (f":\n\n    {command}" if command else "."),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _calibration(compression: dict[str, Any] | None) -> str:
+    if not compression:
+        return "none"
+    spec = compression["calibration"]
+    windows = f"{spec['sequences']} x {spec['length']} tokens of {spec['source']}, seed {spec['seed']}"
+    return f"recipe {compression['recipe']}, {windows}, sha256 {spec['sha256']}"
 
 
 def describe(config: ModelConfig, exported: Exported, folder: Path | str) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
+from sparsejax import config_text
 from sparsejax.data import tokenizers
 from sparsejax.data.tokenizers import Tokenizer
-from sparsejax.io import gguf_model, model_folder, onnx_file, onnx_layouts, sparsity_config
+from sparsejax.io import gguf_model, model_folder, model_json, onnx_file, onnx_layouts, sparsity_config
 from sparsejax.io.family import family_of
 from sparsejax.io.gguf import open_gguf
 from sparsejax.io.gguf_tokenizer import tokenizer_from_gguf
@@ -20,6 +22,7 @@ from sparsejax.io.safetensors_file import open_safetensors
 from sparsejax.io.sentence_embedding import read_sentence_embedding
 from sparsejax.io.tensors import TensorSource
 from sparsejax.io.weights import load_values
+from sparsejax.models.config import ModelConfig
 from sparsejax.plugs import ConfigError, check_choice
 from sparsejax.train.load_run import load_run
 
@@ -41,17 +44,35 @@ def load(name_or_path: str, *, dtype: str = "float32", mesh: Mesh | None = None)
     return _LOADERS[located.kind](located, dtype, mesh)
 
 
+def config_of(name_or_path: str) -> ModelConfig:
+    """The config of the model that a name or path means, without its weights; of a Hugging Face folder without its rules.
+
+    Raises:
+      ConfigError: as `load`, for what is read.
+    """
+    located = resolve(name_or_path)
+    if located.kind in ("model", "run"):
+        return config_text.from_values(model_json.read(located.path).config, ModelConfig, str(located.path / "model.json"))
+    published: Mapping[str, Any]
+    if located.kind == "hf":
+        published = read_hf(located.path).config
+    elif located.kind == "gguf":
+        published, _ = gguf_model.as_hf(open_gguf(located.path))
+    else:
+        published, _ = onnx_layouts.as_hf(onnx_file.OnnxFile(located.path))
+    return family_of(published, str(located.path)).to_config(published)
+
+
 def _published(
     located: Located, published: Mapping[str, Any], source: TensorSource, about: dict[str, Any], dtype: str, mesh: Mesh | None
-) -> dict[str, Any]:
-    """The fields of a Model that a published config and its tensors decide."""
+) -> Model:
+    """The Model that a published config and its tensors decide; it has no tokenizer yet."""
     family = family_of(published, str(located.path))
     config = computed_in(family.to_config(published), dtype)
-    if located.kind == "hf":
-        config = sparsity_config.applied(config, located.path)
     structure, values = load_values(config, family, source, dtype=dtype, mesh=mesh)
     source_fields = {"family": family.name, "path": str(located.path), "config": dict(published), **about}
-    return dict(name=located.name, config=config, structure=structure, values=values, source=source_fields)
+    model = Model(located.name, config, structure, values, source=source_fields)
+    return sparsity_config.applied(model, located.path) if located.kind == "hf" else model
 
 
 def _load_hf(located: Located, dtype: str, mesh: Mesh | None) -> Model:
@@ -62,7 +83,7 @@ def _load_hf(located: Located, dtype: str, mesh: Mesh | None) -> Model:
         about["sentence_embedding"] = sentence
     tokenizer = _hf_tokenizer(files)
     loaded = _published(located, files.config, open_safetensors(located.path), about, dtype, mesh)
-    return Model(**loaded, tokenizer=tokenizer, chat_template=files.chat_template)
+    return dataclasses.replace(loaded, tokenizer=tokenizer, chat_template=files.chat_template)
 
 
 def _load_gguf(located: Located, dtype: str, mesh: Mesh | None) -> Model:
@@ -79,12 +100,12 @@ def _load_gguf(located: Located, dtype: str, mesh: Mesh | None) -> Model:
         "special_tokens": {role.removesuffix("_token"): text for role, text in found.special_tokens.items()},
     }
     loaded = _published(located, published, source, about, dtype, mesh)
-    return Model(**loaded, tokenizer=tokenizer, chat_template=found.chat_template)
+    return dataclasses.replace(loaded, tokenizer=tokenizer, chat_template=found.chat_template)
 
 
 def _load_onnx(located: Located, dtype: str, mesh: Mesh | None) -> Model:
     published, source = onnx_layouts.as_hf(onnx_file.OnnxFile(located.path))
-    return Model(**_published(located, published, source, {"format": "onnx"}, dtype, mesh))
+    return _published(located, published, source, {"format": "onnx"}, dtype, mesh)
 
 
 def _load_folder(located: Located, dtype: str, mesh: Mesh | None) -> Model:

@@ -10,7 +10,8 @@ The argument is the weight of the density loss, 1 as published; epsilon is 1e-2 
 but within .0003 of zero and small models are trained for few steps.
 Hardware: 2 CPU cores, under 3 minutes. Size: 0.8 M parameters, 0.1 M of them trained.
 Expected: the share of non-zeros 30 % or more below that of weight 0, at a loss less than 1 % above it.
-Measured: not measured at this size.
+Measured not at this size, but with 2 layers of 64, batches of 8 (0.11 M parameters, one seed):
+43.5 % non-zeros at 1.895 +- .020 nats with weight 0, 31.9 % at 1.902 (+.4 %) with .3, 16.5 % at 1.945 (+2.6 %) with 1.
 """
 
 from configs import tiny_relu2

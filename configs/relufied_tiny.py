@@ -7,7 +7,8 @@
 
 Hardware: 2 CPU cores, under 3 minutes. Size: 0.8 M parameters.
 Expected: a loss close to the control's, a hidden vector mostly zero.
-Measured: not measured at this size.
+Measured not at this size, but with 2 layers of 64, batches of 8 (0.11 M parameters, one seed):
+stage 1 56.6 % zeros at 1.923 +- .020 nats, the control 1.918, stage 2 2.033 with 50 % zeros, all from 2.020.
 """
 
 from configs import tiny_relu2

@@ -5,7 +5,8 @@
 
 The argument is the share of units. Hardware: 2 CPU cores, under 5 minutes. Size: 0.8 M parameters.
 Expected: about 92 % zeros at a loss close to tiny_relu2's, of equal size.
-Measured: not measured at this size.
+Measured not at this size, but with 2 layers of 64, batches of 8 (0.11 M parameters, one seed):
+91.7 % zeros at 2.185 +- .020 nats against tiny_relu2's 2.177 with 58.5 %.
 """
 
 from configs import tiny_relu2

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench, entry, evaluate, export, generate, train
+from experiments import analyze, bench, compress, entry, evaluate, export, generate, report, train
+from experiments.claims import __main__ as claims
 from sparsejax.plugs import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,7 +17,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 COMMANDS = [line.partition(" #")[0].strip() for line in BLOCKS.splitlines()]
 PYTHON_COMMANDS = [command for command in COMMANDS if command.startswith("python ")]
-VERBS = {f"experiments.{verb.__name__.rpartition('.')[2]}": verb.Flags for verb in (train, bench, evaluate, generate, export)}
+MODULES = (train, bench, evaluate, generate, export, compress, report, analyze, claims)
+VERBS = {verb.__name__.removesuffix(".__main__"): verb.Flags for verb in MODULES}
+# What positional arguments of a verb are.
+NAMES = {"experiments.bench": "benchmark", "experiments.report": "report folder", "experiments.claims": "claim"}
 
 
 def test_the_readme_opens_with_the_two_commands():
@@ -29,7 +33,7 @@ def test_a_readme_command_resolves(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, _, verb, *argv = shlex.split(command)
     takes_config = verb in ("experiments.train", "experiments.bench")
-    call, _ = entry.parse([verb, *argv], VERBS[verb], config=takes_config, names="benchmark" if takes_config else "")
+    call, _ = entry.parse([verb, *argv], VERBS[verb], config=takes_config, names=NAMES.get(verb, ""))
     assert (call.config is not None) == takes_config
 
 

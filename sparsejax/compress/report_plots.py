@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def pareto(report: Report, index: int) -> Figure | None:
     axes.set_ylabel("perplexity")
     _scaled(axes, [point[1] for point in points])
     _headed(axes, f"{report['protocol']['data'][index]['data']}: perplexity against bytes per token")
-    _legend(axes, "upper right")
+    _legend(axes, "best")
     return figure
 
 
@@ -205,7 +205,7 @@ def _headed(axes: Axes, heading: str) -> None:
     axes.set_title(heading, loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=8)
 
 
-def _legend(axes: Axes, place: str) -> None:
+def _legend(axes: Axes, place: Literal["upper left", "best"]) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc=place)
 
 

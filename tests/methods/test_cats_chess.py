@@ -34,7 +34,7 @@ def logits(model):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(layers=2)
+    return tiny_model(layers=2, unroll=1)
 
 
 def samples(seed, tokens=50, hidden=24):

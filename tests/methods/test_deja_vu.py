@@ -81,7 +81,7 @@ def test_metrics_are_counts_and_the_missed_mass_bounds_the_error(seed):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A model, its predictors, what was noted, and the folder of the pieces."""
-    model, folder = tiny_model(layers=2, activation="relu"), tmp_path_factory.mktemp("pieces")
+    model, folder = tiny_model(layers=2, unroll=1, activation="relu"), tmp_path_factory.mktemp("pieces")
     done = work(folder)
     fitted = run_recipe([DejaVu(0.3, rank=16, batch=64, epochs=30, learning_rate=1e-2)], model, done)
     return model, fitted, done.notes["0-dejavu"], folder
@@ -159,7 +159,7 @@ def test_the_sum_over_units_may_be_cut_between_hot_and_cold():
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 def test_reordering_by_frequency_keeps_the_function_and_puts_the_hot_units_first(activation):
-    model, done = tiny_model(layers=2, activation=activation), work()
+    model, done = tiny_model(layers=2, unroll=1, activation=activation), work()
     ordered = run_recipe([ReorderNeurons(density=0.2, tile=8)], model, done)
     np.testing.assert_allclose(logits(ordered), logits(model), atol=1e-5)
     notes = done.notes["0-reorderneurons"]

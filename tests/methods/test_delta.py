@@ -26,7 +26,7 @@ def stream(frames=12, features=8, rho=0.9, seed=0):
 W = jax.random.normal(jax.random.key(0), (8, 5))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.floats(0.01, 2.0), st.integers(0, 99), st.sampled_from([0, 3]))
 def test_the_accumulated_output_is_that_of_the_quantized_input(theta, seed, resync):
     x = stream(seed=seed)

@@ -130,7 +130,7 @@ def test_without_a_prompt_there_is_nothing_to_choose_from_which_is_refused_by_na
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(layers=3)
+    return tiny_model(layers=3, unroll=1)
 
 
 def masked_logits(model, tokens, sparse=True):

@@ -1,5 +1,6 @@
 """Runs that start from a model: its weights, its tokenizer, what may differ, and what is frozen, saved once and resumed."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -65,14 +66,21 @@ def experiment(model=None, **changes) -> ExperimentConfig:
     return finalize(ExperimentConfig(**{**fields, **changes}))
 
 
+@contextlib.contextmanager
+def one_device():
+    """As on a machine that has no more: a mesh over the simulated ones would be compiled for all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *a, one=jax.devices()[:1]: one)
+        patch.setattr(jax, "device_count", lambda *a: 1)
+        yield patch
+
+
 def run(folder, config, model=None, evaluated=False, **options):
     """Train as the verb does, on one device; what a run does after its last step has tests of its own."""
-    with pytest.MonkeyPatch.context() as patch:
+    with one_device() as patch:
         if not evaluated:
             patch.setattr(training, "finish", lambda *a: {})
             patch.setattr(training, "describe", lambda *a: [])
-        patch.setattr(jax, "devices", lambda *a, one=jax.devices()[:1]: one)
-        patch.setattr(jax, "device_count", lambda *a: 1)
         return training.train(config, out=folder, loader=loader(model or base_model()), **options)
 
 
@@ -266,7 +274,7 @@ def test_the_verb_fine_tunes_a_published_folder_on_text_and_its_run_generates(tm
     (folder / "tokenizer.json").write_text(published.to_str())
     (tmp_path / "file.py").write_text(CONFIG_FILE)
     flags = [f"--config={tmp_path / 'file.py'}:{text}", f"--config.init={folder}", f"--out={tmp_path / 'run'}"]
-    with pytest.raises(SystemExit) as left:
+    with one_device(), pytest.raises(SystemExit) as left:
         entry.run(verb.main, verb.Flags, argv=["train", *flags, f"--json={tmp_path / 'result.json'}"])
     assert left.value.code == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "result.json").read_text())
@@ -276,6 +284,6 @@ def test_the_verb_fine_tunes_a_published_folder_on_text_and_its_run_generates(tm
     assert tuned.tokenizer.fingerprint == base.tokenizer.fingerprint and 263 in TextGenerator(tuned).ends
     np.testing.assert_array_equal(tuned.parameter("blocks.2.mlp.up.kernel"), base.parameter("blocks.2.mlp.up.kernel"))
     assert np.abs(tuned.parameter("norm.gain") - base.parameter("norm.gain")).max() > 0
-    with pytest.raises(SystemExit) as left:
+    with one_device(), pytest.raises(SystemExit) as left:
         entry.run(verb.main, verb.Flags, argv=["train", *flags, "--config.model.num_layers=5"])
     assert left.value.code == 2 and "model.num_layers = 5: init" in capsys.readouterr().err

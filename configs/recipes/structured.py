@@ -5,6 +5,8 @@
     python -m experiments.compress --model smollm2-135m --recipe configs/recipes/structured.py:parameters:0.9 --out DIR
     python -m experiments.compress --model smollm2-135m --recipe configs/recipes/structured.py:0.3,random --out DIR
 
+Measured at 0.3, fitted to 16 x 512 tokens of stdlib:calibration (8 x 512 tokens of c4_sample:evaluation and stdlib:evaluation,
+dense 33.5 and 5.9): 91.4 and 8.6, and 1120 and 466 with neurons drawn at random.
 `loss:X`: as many as cost at most X nats on the calibration tokens; `parameters:X`: as many as leave that share of them.
 """
 

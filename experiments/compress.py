@@ -33,7 +33,7 @@ class Flags:
     tier: str = entry.flag("quick", "quick or full: how much calibration, search and evaluation")
     data: tuple[str, ...] = entry.flag(("stdlib:evaluation",), "texts to evaluate on, as for experiments.evaluate")
     tasks: tuple[str, ...] = entry.flag((), "multiple-choice tasks to evaluate on, e.g. arc_easy")
-    calibration: str = entry.flag("stdlib:calibration", "text to calibrate on, with its split")
+    calibration: str = entry.flag("stdlib:calibration", "text to calibrate on, with its split; several with commas")
     calibration_sequences: int = entry.flag(0, "windows of it; 0: the tier's")
     calibration_length: int = entry.flag(0, "tokens of each window; 0: the tier's")
     seed: int = entry.flag(0, "which windows")
@@ -68,7 +68,8 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
     from sparsejax.evaluate.texts import TEXTS
 
     check_choice("--tier", flags.tier, TIERS)
-    check_choice("--calibration", flags.calibration.partition(":")[0], TEXTS)
+    for source in flags.calibration.split(","):
+        check_choice("--calibration", source.strip().partition(":")[0], TEXTS)
     passes = entry.from_file("--recipe", flags.recipe, "get_recipe")
     good = isinstance(passes, list | tuple) and passes and all(isinstance(one, Pass) for one in passes)
     check(good, "--recipe", flags.recipe, "get_recipe must return a list of passes")

@@ -125,7 +125,7 @@ CLAIMS = [
         for k in (0.3, 0.5, 0.7)
     ),
     Claim("griffin_order", GRIFFIN, "row-normalised activity of the prompt chooses better neurons than chance, half of them",
-          "GRIFFIN < random, by 1 nat", below("griffin:0.5", "griffin:0.5,score=random", margin=1.0, scope=PROMPT), 5,
+          "GRIFFIN < random, by 1 nat", below("griffin:0.5", "griffin:0.5,random", margin=1.0, scope=PROMPT), 5,
           needs=NEEDS),
     Claim("coreinfer_magnitude", COREINFER, "for a SiLU model votes by |h| are better than by signed h, half of the neurons",
           "below, by .5 nats", below("coreinfer:0.5", "coreinfer:0.5,signed=true", margin=0.5, scope=PROMPT), 5, needs=NEEDS),

@@ -97,9 +97,10 @@ def sizes_by_layer(sizes: Sizes) -> dict[int, dict[str, int]]:
 
 
 def allocation_tokens(work: Work) -> np.ndarray:
-    """int32[B, T]: the calibration's first tokens, as many as the tier gives allocation."""
+    """int32[B, T]: the calibration's first tokens, as many as the tier gives allocation, of every text it was drawn from."""
     tokens, most = work.calibration.tokens, work.tier.allocation_tokens
-    return tokens[: max(1, most // tokens.shape[1]), :most]
+    rows = max(work.calibration.spec.texts, most // tokens.shape[1])
+    return tokens[:rows, : most // rows]
 
 
 class Allocator(abc.ABC):

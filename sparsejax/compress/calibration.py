@@ -25,8 +25,9 @@ class CalibrationSpec:
     """Which tokens.
 
     Fields:
-      source: a text of `evaluate.texts` with its split, e.g. `stdlib:calibration` or `text:PATH`.
-      sequences, length: how many windows of how many tokens.
+      source: a text of `evaluate.texts` with its split, e.g. `stdlib:calibration` or `text:PATH`; several with commas between,
+        which then take turns.
+      sequences, length: how many windows of how many tokens, of all texts together.
       seed: which windows of the text, without replacement.
       skip_first: leading tokens of each window that statistics leave out (attention sinks).
     """
@@ -37,10 +38,15 @@ class CalibrationSpec:
     seed: int = 0
     skip_first: int = 0
 
+    @property
+    def texts(self) -> int:
+        """How many."""
+        return len(self.source.split(","))
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration tokens: int32[sequences, length], and what they were drawn from."""
+    """Calibration tokens: int32[sequences, length], and what they were drawn from (hashes with commas between)."""
 
     spec: CalibrationSpec
     tokens: np.ndarray
@@ -70,14 +76,28 @@ def calibrate(spec: CalibrationSpec, tokenizer: Tokenizer, directories: Sequence
     for name in ("sequences", "length"):
         check(getattr(spec, name) >= 1, f"calibration.{name}", getattr(spec, name), "must be at least 1")
     check(0 <= spec.skip_first < spec.length, "calibration.skip_first", spec.skip_first, f"must be 0 to {spec.length - 1}")
-    name, _, argument = spec.source.partition(":")
+    names = spec.source.split(",")
+    check(spec.sequences >= spec.texts, "calibration.sequences", spec.sequences, f"must be at least the {spec.texts} texts")
+    parts, hashes = [], []
+    for number, name in enumerate(names):
+        windows, text_sha256 = _windows(name, len(range(number, spec.sequences, len(names))), spec, tokenizer, directories)
+        parts.append(windows)
+        hashes.append(text_sha256)
+    turns = [part[row] for row in range(len(parts[0])) for part in parts if row < len(part)]
+    return Calibration(spec, np.stack(turns), ",".join(hashes))
+
+
+def _windows(
+    source: str, count: int, spec: CalibrationSpec, tokenizer: Tokenizer, directories: Sequence[Path]
+) -> tuple[np.ndarray, str]:
+    """(int32[count, length] of one text, its hash)."""
+    name, _, argument = source.strip().partition(":")
     text = open_text(name, argument, directories)
     ids = np.asarray(tokenizer.encode(text.text), np.int32)
     whole = len(ids) // spec.length
-    check(whole >= spec.sequences, "calibration.sequences", spec.sequences,
-          f"{text.name} has {whole} windows of {spec.length} tokens")
-    chosen = np.sort(np.random.default_rng(spec.seed).choice(whole, spec.sequences, replace=False))
-    return Calibration(spec, ids[: whole * spec.length].reshape(whole, spec.length)[chosen], text.sha256)
+    check(whole >= count, "calibration.sequences", count, f"{text.name} has {whole} windows of {spec.length} tokens")
+    chosen = np.sort(np.random.default_rng(spec.seed).choice(whole, count, replace=False))
+    return ids[: whole * spec.length].reshape(whole, spec.length)[chosen], text.sha256
 
 
 def rolling_hashes(tokens: np.ndarray) -> np.ndarray:

@@ -51,6 +51,18 @@ def test_splits_of_the_embedded_text_are_disjoint():
     check_disjoint(drawn().shingles, evaluation.tokens, "stdlib:evaluation")
 
 
+def test_several_texts_take_turns(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"{name} is written here. " * 400)
+    a, b = (f"text:{tmp_path / name}" for name in ("a", "b"))
+    both = drawn(source=f"{a},{b}", sequences=5)
+    np.testing.assert_array_equal(both.tokens[0::2], drawn(source=a, sequences=3).tokens)
+    np.testing.assert_array_equal(both.tokens[1::2], drawn(source=b, sequences=2).tokens)
+    assert both.spec.texts == 2 and both.text_sha256.count(",") == 1
+    with pytest.raises(ConfigError, match=r"calibration\.sequences = 1: must be at least the 2 texts"):
+        drawn(source=f"{a},{b}", sequences=1)
+
+
 def test_what_makes_no_calibration_is_refused():
     with pytest.raises(ConfigError, match=r"calibration\.sequences = 10000000: .*windows of 128"):
         drawn(sequences=10**7)

@@ -98,6 +98,8 @@ BOUNDS: dict[str, Bound] = {
     "model.vision.patch_size": Bound(1),
     "data.sequence_length": Bound(1),
     "data.prefetch": _COUNT,
+    "data.train_images": _COUNT,
+    "data.label_noise": _SHARE,
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _COUNT,
     "optimizer.decay_fraction": _SHARE,
@@ -125,7 +127,7 @@ FREE_TEXT = ("name", "init", "data.data_dir", "evaluate.sample_prompt")
 SPECS = (
     "objectives", "data.source", "data.tokenizer", "data.task", "model.feed_pattern", "model.ffn.activation", "model.inputs",
     "model.weights", "model.neurons", "model.residuals", "model.init", "model.remat", "model.positions.rope.scaling",
-    "optimizer.name", "optimizer.arguments", "optimizer.train",
+    "optimizer.name", "optimizer.arguments", "optimizer.train", "evaluate.corruptions",
 )
 # Fields of a pretrained model that a run may set otherwise: methods, and how the same sums are computed.
 INIT_MAY_CHANGE = (
@@ -223,6 +225,7 @@ def resolve_names(config: ExperimentConfig) -> dict[str, Any]:
         "source": plugs.resolve("source", data.source, "data.source"),
         "task": plugs.resolve("task", data.task, "data.task"),
         "tokenizer": plugs.resolve("tokenizer", data.tokenizer, "data.tokenizer"),
+        "corruptions": [plugs.resolve("corruption", text, "evaluate.corruptions") for text in config.evaluate.corruptions],
     }
 
 
@@ -305,6 +308,8 @@ def check_task(config: ExperimentConfig, specs: dict[str, Any]) -> None:
               f"holds {source.content}, data.task = {config.data.task!r} needs {_listed(task.content)}")
         check((source.content == "images") == (kind == "vit"), "data.source", config.data.source,
               f"holds {source.content}, model.kind is {kind!r}")
+    corruptions = config.evaluate.corruptions
+    check(not corruptions or kind == "vit", "evaluate.corruptions", corruptions, f"are of images, model.kind is {kind!r}")
     sampled = config.evaluate.sample_tokens
     check(not sampled or kind == "decoder", "evaluate.sample_tokens", sampled, f"model.kind {kind!r} does not generate text")
     check(not sampled or source.content != "symbols", "evaluate.sample_tokens", sampled,

@@ -34,6 +34,7 @@ _HOMES: dict[str, str] = {
     "source": "sparsejax.data",
     "tokenizer": "sparsejax.data.tokenizers",
     "task": "sparsejax.data",
+    "corruption": "sparsejax.data.corruptions",
     "family": "sparsejax.models.families",
     "cache": "sparsejax.layers.cache",
 }

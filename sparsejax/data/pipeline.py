@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparsejax.data import synthetic, tfds_source, vision  # noqa: F401  (they register their sources)
+from sparsejax.data import corruptions, synthetic, tfds_source, vision  # noqa: F401  (they register what they hold)
 from sparsejax.data.config import DataConfig
 from sparsejax.data.counter_random import generator
 from sparsejax.data.packing import PackedRows, SampledRows, TokenStore
@@ -127,26 +127,38 @@ class TextRows:
 
 
 class ImageRows:
-    """Labelled images; the training split is shuffled anew in every epoch."""
+    """Labelled images; the training split is shuffled anew in every epoch.
+
+    A share `label_noise` of the training images has a label drawn uniformly from all classes, the true one included; which
+    images, and which label, depends on the seed and the image alone, so that it is the same in every epoch.
+    """
 
     vocab_size = 0
 
-    def __init__(self, images: ImageSet):
+    def __init__(self, images: ImageSet, train_images: int = 0, label_noise: float = 0.0):
         self.images, self.num_classes = images, images.num_classes
+        self.train_images, self.label_noise = train_images, label_noise
         self._orders: dict[tuple[int, int], np.ndarray] = {}
         self._lock = threading.Lock()
 
     def shapes(self) -> Shapes:
         return {"images": (self.images.image_shape, FLOAT), "labels": ((), INT), "weights": ((), FLOAT)}
 
-    def count(self, split: str) -> int | None:
-        return self.images.size(split)
+    def count(self, split: str) -> int:
+        size = self.images.size(split)
+        if split != "train":
+            return size
+        check(self.train_images <= size, "data.train_images", self.train_images, f"{self.images.name} has {size}")
+        return self.train_images or size
 
     def row(self, split: str, seed: int, index: int) -> Row:
-        number, within = divmod(index, self.images.size(split))
+        number, within = divmod(index, self.count(split))
         if split == "train":
             within = int(self._order(seed, number)[within])
         image, label = self.images.example(split, within)
+        if split == "train" and self.label_noise:
+            random = generator(seed, "label noise", within)
+            label = int(random.integers(self.num_classes)) if random.random() < self.label_noise else label
         return {"images": image, "labels": np.array(label, INT), "weights": np.ones((), FLOAT)}
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
@@ -154,16 +166,19 @@ class ImageRows:
             if (seed, epoch) not in self._orders:
                 while len(self._orders) > 2:
                     del self._orders[next(iter(self._orders))]
-                self._orders[seed, epoch] = generator(seed, "order/images", epoch).permutation(self.images.size("train"))
+                self._orders[seed, epoch] = generator(seed, "order/images", epoch).permutation(self.count("train"))
             return self._orders[seed, epoch]
 
     def identity(self) -> list[str]:
-        return [self.images.fingerprint, repr(self.images.image_shape)]
+        used = [f"first {self.train_images}"] if self.train_images else []
+        noise = [f"label noise {self.label_noise!r}"] if self.label_noise else []
+        return [self.images.fingerprint, repr(self.images.image_shape), *used, *noise]
 
     def describe(self) -> list[str]:
-        counts = ", ".join(f"{self.images.size(split):,} {split}" for split in SPLITS)
+        counts = ", ".join(f"{self.count(split):,} {split}" for split in SPLITS)
         shape = " x ".join(map(str, self.images.image_shape))
-        return [f"source {self.images.name}: {counts} images of {shape}, {self.num_classes} classes, "
+        noise = f", {100 * self.label_noise:g} % of the training labels drawn anew" if self.label_noise else ""
+        return [f"source {self.images.name}: {counts} images of {shape}, {self.num_classes} classes{noise}, "
                 f"sha256 {self.images.fingerprint[:16]}"]
 
 
@@ -258,17 +273,27 @@ class DataPipeline:
         return {name: np.stack([row[name] for row in rows]).astype(dtype, copy=False) if rows else np.zeros((0, *shape), dtype)
                 for name, (shape, dtype) in self.rows.shapes().items()}
 
-    def evaluation_batches(self, n: int, rows: slice | None = None) -> Iterator[dict[str, np.ndarray]]:
+    def evaluation_batches(
+        self, n: int, rows: slice | None = None, corruption: str = ""
+    ) -> Iterator[dict[str, np.ndarray]]:
         """The first `n` batches of the evaluation split, always the same; fewer where the split ends.
 
         The last batch is completed with rows of weight 0, so that each held-out row counts once.
+
+        Args:
+          corruption: registry kind "corruption", of images; each image has noise of its own, always the same.
         """
+        corrupt = resolve("corruption", corruption, "evaluate.corruptions") if corruption else None
         count = self.rows.count("evaluation")
         for step in range(n):
             used = self.batch_size if count is None else min(self.batch_size, count - step * self.batch_size)
             if used <= 0:
                 return
             batch = self.batch(step, "evaluation", rows)
+            if corrupt is not None:
+                wanted = range(step * self.batch_size, (step + 1) * self.batch_size)[rows or slice(None)]
+                randoms = (generator(EVALUATION_SEED, f"corruption/{corruption}", index) for index in wanted)
+                batch["images"] = np.stack([corrupt(x, r) for x, r in zip(batch["images"], randoms, strict=True)])
             beyond = np.arange(self.batch_size)[rows or slice(None)] >= used
             batch["weights"] = np.where(beyond.reshape(-1, *[1] * (batch["weights"].ndim - 1)), np.float32(0), batch["weights"])
             yield batch
@@ -390,12 +415,15 @@ def build_data(
 
 
 def _rows(source: Any, task: Any, config: DataConfig, model_kind: str, tokenizer: Tokenizer | None) -> Rows:
+    for field in ("train_images", "label_noise"):
+        check(not getattr(config, field) or source.content == "images", f"data.{field}", getattr(config, field),
+              f"is of labelled images, and data.source {config.source!r} holds {source.content}")
     if source.content == "text":
         spec = Given(tokenizer) if tokenizer else resolve("tokenizer", config.tokenizer, "data.tokenizer")
         return TextRows(source, spec, task, config, model_kind)
     if source.content == "images":
         check(model_kind == "vit", "model.kind", model_kind, f"data.source {config.source!r} holds images: allowed is 'vit'")
-        return ImageRows(source)
+        return ImageRows(source, config.train_images, config.label_noise)
     classify = isinstance(task, Classification)
     check(model_kind != "vit", "model.kind", model_kind, f"data.source {config.source!r} holds symbols, not images")
     check(not classify or source.num_classes, "data.source", config.source, "has no labels to classify; listops has")

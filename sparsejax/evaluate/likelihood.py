@@ -5,6 +5,8 @@ batches run, and fetched once at the end; means are taken on the host in float64
 
     step = jax.jit(lambda params, batch: token_sums(nll(params, batch), batch["weights"], batch["targets"], token_bytes))
     result = evaluate(lambda batch: step(params, batch), batches)
+
+Classifiers are also asked whether they know how sure they may be: see `calibration_error`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax.plugs import ConfigError
 
+CALIBRATION_BINS = 15
 _IN_FLIGHT = 8  # batches dispatched beyond the last finished one: bounds the inputs that wait on the device
 
 
@@ -33,6 +36,7 @@ class Likelihood(NamedTuple):
     bits_per_byte_error: float
     accuracy: float  # fraction, weighted
     accuracy_error: float
+    calibration_error: float  # expected, over `CALIBRATION_BINS` bins of confidence; of labels only
     tokens: float  # sum of the weights
     bytes: float  # UTF-8 bytes of the predicted tokens
     sequences: int  # rows with any weight
@@ -71,24 +75,38 @@ def token_sums(
 def label_sums(
     logits: Float[Array, "B C"], labels: Int[Array, " B"], weights: Float[Array, " B"]
 ) -> dict[str, Float[Array, " B"]]:
-    """The same for a classification batch: cross-entropy and whether the label has the largest logit, per example [B]."""
+    """The same for a classification batch, per example [B].
+
+    Returns:
+      nll; weight; correct, whether the label has the largest logit; confidence, the probability of the largest logit.
+    """
     log_probability = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     nll = -jnp.take_along_axis(log_probability, labels[:, None], axis=-1)
     correct = jnp.argmax(logits, axis=-1, keepdims=True) == labels[:, None]
-    return token_sums(nll, weights[:, None], correct=correct)
+    confidence = jnp.where(weights > 0, weights * jnp.exp(jnp.max(log_probability, axis=-1)), 0)
+    return {**token_sums(nll, weights[:, None], correct=correct), "confidence": confidence}
 
 
 def evaluate(
     step: Callable[[Any], Mapping[str, jax.Array]], batches: Iterable[Any], fetch: Callable[[Any], Any] = jax.device_get
 ) -> Likelihood:
-    """Run `step` over the batches and reduce its sums; one fetch, after the last batch was dispatched.
+    """`summarise` of `gather`."""
+    return summarise(gather(step, batches, fetch))
+
+
+def gather(
+    step: Callable[[Any], Mapping[str, jax.Array]], batches: Iterable[Any], fetch: Callable[[Any], Any] = jax.device_get
+) -> dict[str, np.ndarray]:
+    """Run `step` over the batches; one fetch, after the last batch was dispatched.
 
     Args:
       step: batch -> `token_sums` or `label_sums`; on several hosts its outputs must be replicated.
       batches: an iterable that ends.
       fetch: device arrays to numpy.
+    Returns:
+      The sums of all sequences in order, float64 [N] each.
     Raises:
-      ConfigError: no batch, or none with a target that counts.
+      ConfigError: no batch.
     """
     found: list[Mapping[str, jax.Array]] = []
     for batch in batches:
@@ -98,14 +116,14 @@ def evaluate(
     if not found:
         raise ConfigError("evaluate: the held-out data gave no batch; fewer examples than one batch holds?")
     fetched = fetch(found)
-    return summarise({name: np.concatenate([np.asarray(sums[name], np.float64) for sums in fetched]) for name in fetched[0]})
+    return {name: np.concatenate([np.asarray(sums[name], np.float64) for sums in fetched]) for name in fetched[0]}
 
 
 def summarise(sums: Mapping[str, np.ndarray]) -> Likelihood:
     """Means and standard errors of per-sequence sums.
 
     Args:
-      sums: nll, weight, optionally bytes and correct, each float64 [N] over all sequences.
+      sums: nll, weight, optionally bytes, correct and confidence, each float64 [N] over all sequences.
     Raises:
       ConfigError: no sequence has any weight.
     """
@@ -116,6 +134,9 @@ def summarise(sums: Mapping[str, np.ndarray]) -> Likelihood:
     loss, loss_error = _ratio(nll, weight)
     bits, bits_error = _ratio(nll / math.log(2), sums["bytes"][used]) if "bytes" in sums else (math.nan, math.nan)
     accuracy, accuracy_error = _ratio(sums["correct"][used], weight) if "correct" in sums else (math.nan, math.nan)
+    calibration = math.nan
+    if "confidence" in sums:
+        calibration = calibration_error(sums["confidence"][used] / weight, sums["correct"][used] / weight, weight)
     return Likelihood(
         loss=loss,
         loss_error=loss_error,
@@ -124,10 +145,30 @@ def summarise(sums: Mapping[str, np.ndarray]) -> Likelihood:
         bits_per_byte_error=bits_error,
         accuracy=accuracy,
         accuracy_error=accuracy_error,
+        calibration_error=calibration,
         tokens=float(weight.sum()),
         bytes=float(sums["bytes"][used].sum()) if "bytes" in sums else math.nan,
         sequences=int(used.sum()),
     )
+
+
+def calibration_error(
+    confidence: Float[np.ndarray, " N"],
+    correct: Float[np.ndarray, " N"],
+    weight: Float[np.ndarray, " N"] | None = None,
+    bins: int = CALIBRATION_BINS,
+) -> float:
+    """ECE = sum_b n_b / n |accuracy_b - mean confidence_b| over equal bins of confidence (Guo et al., 2017, arXiv 1706.04599).
+
+    Args:
+      confidence: probability of the predicted label, in [0, 1]; bin b is ((b - 1) / bins, b / bins].
+      correct: 1 where the prediction is right, else 0.
+      weight: of each example; by default all alike.
+    """
+    weight = np.ones_like(confidence) if weight is None else weight
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(index, weight * (correct - confidence), minlength=bins)
+    return float(np.abs(gaps).sum() / weight.sum())
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:

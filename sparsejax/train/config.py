@@ -39,5 +39,6 @@ class LogConfig:
 class EvaluateConfig:
     every: int = 0  # steps; 0: only at the end
     batches: int = 16
+    corruptions: tuple[str, ...] = ()  # registry kind "corruption": at the end, images are evaluated under each as well
     sample_tokens: int = 0  # characters of text generated at the end; 0: none
     sample_prompt: str = ""

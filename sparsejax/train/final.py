@@ -15,7 +15,7 @@ import numpy as np
 from sparsejax.config_text import to_json
 from sparsejax.data.pipeline import DataPipeline
 from sparsejax.evaluate.generate import Params, decoder
-from sparsejax.evaluate.likelihood import Likelihood
+from sparsejax.evaluate.likelihood import Likelihood, summarise
 from sparsejax.evaluate.ngram import NgramBaselines, ngram_baselines
 from sparsejax.evaluate.sampling import Sampling
 from sparsejax.evaluate.text_stream import generate_text
@@ -25,19 +25,27 @@ from sparsejax.train.loop import Trainer, evaluation_row
 from sparsejax.train.run_page import read_result, write_page
 from sparsejax.train.state import cast_for_compute
 
+HELD_OUT = "held_out.npz"
 BASELINE_BYTES = 16 * 2**20  # of training text that the n-gram models count
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict[str, float]) -> dict[str, Any]:
-    """Evaluate the trained model on held-out data, write `result.json` and `index.html`, print and return the result."""
+    """Evaluate the trained model on held-out data, write `result.json`, `held_out.npz` and `index.html`, return the result.
+
+    `held_out.npz` has the sums of every held-out sequence (`evaluate.likelihood.gather`): runs are compared pair by pair.
+    """
     config, data, folder = trainer.config, trainer.data, trainer.folder
-    found = trainer.evaluate(config.evaluate.batches)
+    sums = trainer.held_out_sums(config.evaluate.batches)
+    found = summarise(sums)
     results: dict[str, Any] = {**found._asdict(), **counted_sparsity(trainer)}
     trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(v)) for v in (trainer.state.trainable, trainer.state.frozen))
     results["parameters"] = trained + frozen
     if frozen:
         results["trained_parameters"] = trained
+    corrupted = {name: _corrupted(trainer, name) for name in config.evaluate.corruptions}
+    if corrupted:
+        results["corrupted"] = corrupted
     results |= seconds if seconds["steps_run"] else {**seconds, **_timings_before(folder, seconds)}
     # What was not measured (bits per byte of symbols, the rate of no step) is left out.
     results = {name: value for name, value in results.items() if not isinstance(value, float) or math.isfinite(value)}
@@ -64,9 +72,17 @@ def finish(trainer: Trainer, command: str, config_diff: list[str], seconds: dict
     if launch.is_main():
         if seconds["steps_run"]:
             _log_last_evaluation(trainer, found)
+        metrics.replace_arrays(folder / HELD_OUT, sums)
         metrics.replace_text(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         write_page(folder)
     return result
+
+
+def _corrupted(trainer: Trainer, corruption: str) -> dict[str, float]:
+    """What classifiers are measured by, on corrupted images."""
+    found = summarise(trainer.held_out_sums(trainer.config.evaluate.batches, corruption))._asdict()
+    names = ("loss", "loss_error", "accuracy", "accuracy_error", "calibration_error")
+    return {name: found[name] for name in names if math.isfinite(found[name])}
 
 
 def _log_last_evaluation(trainer: Trainer, found: Likelihood) -> None:
@@ -90,6 +106,10 @@ def describe(result: dict[str, Any], folder: Path) -> list[str]:
     loss, error = found.get("loss", math.nan), found.get("loss_error", math.nan)
     accuracy = f", accuracy {found['accuracy']:.4f}" if "accuracy" in found else ""
     lines.append(f"held-out loss {loss:.4f} +- {error:.4f} nats over {found['sequences']:,} sequences{accuracy}")
+    if "calibration_error" in found:
+        lines.append(f"expected calibration error {found['calibration_error']:.4f}")
+    for name, under in found.get("corrupted", {}).items():
+        lines.append(f"under {name}: " + ", ".join(f"{what.replace('_', ' ')} {value:.4f}" for what, value in under.items()))
     if "baselines" in result:
         unigram, bigram = result["baselines"]["unigram"], result["baselines"]["bigram"]
         bits = found.get("bits_per_byte", math.nan)

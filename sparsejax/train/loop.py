@@ -324,10 +324,15 @@ class Trainer:
 
     def evaluate(self, batches: int) -> likelihood.Likelihood:
         """Likelihood of the first `batches` held-out batches."""
+        return likelihood.summarise(self.held_out_sums(batches))
+
+    def held_out_sums(self, batches: int, corruption: str = "") -> dict[str, np.ndarray]:
+        """Sums of each held-out sequence (see `likelihood.gather`), under a corruption of the images if one is named."""
         step = self.setup.evaluate(self.setup.stage(self.step), False)
         parameters = self.evaluated_parameters()
         token_bytes = self.token_bytes()
-        return likelihood.evaluate(lambda batch: step(parameters, token_bytes, batch), self.held_out(batches), metrics.fetch)
+        held_out = self.held_out(batches, corruption)
+        return likelihood.gather(lambda batch: step(parameters, token_bytes, batch), held_out, metrics.fetch)
 
     def token_bytes(self) -> jax.Array:
         """float32[V], UTF-8 bytes of each token on every device; zeros where the data is not text."""
@@ -336,8 +341,8 @@ class Trainer:
             counts[: self.data.tokenizer.vocab_size] = self.data.tokenizer.token_bytes
         return jax.device_put(counts, rules.replicated(self.setup.mesh))
 
-    def held_out(self, batches: int) -> Iterator[dict[str, jax.Array]]:
+    def held_out(self, batches: int, corruption: str = "") -> Iterator[dict[str, jax.Array]]:
         """The first held-out batches on their devices."""
         rows = launch.process_rows(self.config.batch_size, self.setup.mesh)
-        for batch in self.data.evaluation_batches(batches, rows):
+        for batch in self.data.evaluation_batches(batches, rows, corruption):
             yield launch.global_batch(batch, self.setup.mesh, self.config.batch_size)

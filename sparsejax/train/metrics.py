@@ -193,6 +193,14 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def replace_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an npz file whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    os.replace(temporary, path)
+
+
 def _whole_lines(path: Path) -> list[str]:
     """The file's lines; a last one without its end (the process was killed while writing it) is left out."""
     if not path.exists():

@@ -17,7 +17,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def _render(folder: Path, data: RunData, plots: list[dict[str, str]]) -> str:
         subtitle=" · ".join(part for part in (f"{steps:,} steps" if steps else "", str(result.get("device") or "")) if part),
         finished=bool(result),
         tiles=_tiles(results, result.get("baselines") or {}),
-        rows=[(label(name), shown(name, value)) for name, value in results.items()],
+        rows=[(label(name), shown(name, value)) for name, value in _flat(results)],
         plots=plots,
         sample={"prompt": "", "text": "", **(sample if isinstance(sample, Mapping) else {"text": str(sample)})},
         command=str(result.get("command") or ""),
@@ -112,6 +112,15 @@ def _render(folder: Path, data: RunData, plots: list[dict[str, str]]) -> str:
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         versions=sorted((result.get("versions") or {}).items()),
     )
+
+
+def _flat(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Results with those of a group under `group/name`."""
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def _tiles(results: Mapping[str, Any], baselines: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsejax.evaluate.likelihood import evaluate, label_sums, summarise, token_sums
+from sparsejax.evaluate.likelihood import calibration_error, evaluate, gather, label_sums, summarise, token_sums
 from sparsejax.plugs import ConfigError
 
 
@@ -91,3 +91,36 @@ def test_nothing_to_score_is_an_error_that_says_so():
         evaluate(lambda b: b, [])
     with pytest.raises(ConfigError, match="masked"):
         evaluate(lambda _: token_sums(jnp.ones((2, 3)), jnp.zeros((2, 3))), [None])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 200), st.sampled_from([1, 5, 15]))
+def test_the_calibration_error_is_the_gap_of_each_bin_weighted_by_its_share(seed, count, bins):
+    rng = np.random.default_rng(seed)
+    confidence = np.concatenate([rng.random(count), [1.0, 1 / bins]])  # a bin's upper edge belongs to it
+    correct = (rng.random(count + 2) < confidence).astype(float)
+    expected = 0.0
+    for b in range(bins):
+        inside = (confidence > b / bins) & (confidence <= (b + 1) / bins)
+        if inside.any():
+            expected += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    assert calibration_error(confidence, correct, bins=bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_who_is_always_sure_is_off_by_the_errors_and_who_is_as_sure_as_right_is_calibrated():
+    right = np.arange(1000) % 10 < 7
+    assert calibration_error(np.ones(1000), right) == pytest.approx(0.3)
+    assert calibration_error(np.full(1000, 0.7), right) == pytest.approx(0, abs=1e-12)
+    rng = np.random.default_rng(0)
+    confidence = rng.random(200_000)
+    assert calibration_error(confidence, rng.random(200_000) < confidence) < 0.01
+
+
+def test_the_confidence_of_labels_is_that_of_the_likeliest_and_padding_does_not_count():
+    logits = jnp.log(jnp.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.5, 0.5]]))
+    sums = gather(lambda _: label_sums(logits, jnp.array([0, 0, 1, 1]), jnp.array([1.0, 1.0, 1.0, 0.0])), [None])
+    np.testing.assert_allclose(sums["confidence"], [0.9, 0.6, 0.8, 0], rtol=1e-6)
+    result = summarise(sums)
+    assert result.calibration_error == pytest.approx((0.1 + 0.6 + 0.2) / 3, rel=1e-5)
+    text = summarise({"nll": np.ones(2), "weight": np.ones(2), "correct": np.ones(2)})
+    assert math.isnan(text.calibration_error)

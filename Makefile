@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup models demo test lint notebooks golden full clean
+.PHONY: setup models demo test lint claims notebooks golden full clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +30,11 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy sparsejax experiments kernels_pallas
+
+# The fast ones of the papers' claims, from nothing: minutes. A claim that does not hold is a finding, not a failure.
+claims: setup
+	rm -rf runs/claims_fast
+	$(BIN)/python -m experiments.claims --fast --out runs/claims_fast --json runs/claims_fast.json
 
 notebooks: models
 	$(BIN)/jupyter execute --timeout=600 notebooks/*.ipynb

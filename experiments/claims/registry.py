@@ -1,5 +1,5 @@
 """All claims."""
 
-from experiments.claims import training_free
+from experiments.claims import digits, images, laws, tables, trained, training_free
 
-CLAIMS = [*training_free.CLAIMS]
+CLAIMS = [*training_free.CLAIMS, *tables.CLAIMS, *trained.CLAIMS, *laws.CLAIMS, *images.CLAIMS, *digits.CLAIMS]

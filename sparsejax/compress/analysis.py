@@ -26,10 +26,6 @@ from sparsejax.evaluate.texts import EvaluationText
 from sparsejax.io.model import Model
 from sparsejax.plugs import ConfigError, check
 
-# Windows of a calibration: a layer's trade between error and sparsity is a mean over all their tokens.
-CALIBRATION_WINDOWS = 2
-
-
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 MEASURING: Progress = functools.partial(progress_bar, unit="", doing="measuring")  # what is counted stands in the titles
 
@@ -45,6 +41,7 @@ class Plan:
       percents: p of PPL-p%; none: it is not searched.
       truncations: what is searched, see `compress.ppl_p`.
       calibration: text to fit truncations to; "": the calibration split of each text, stdlib's where it has none.
+      calibration_windows: of it; a layer's trade between error and sparsity is a mean over all their tokens.
       allow_overlap: whether calibration may overlap the text.
     """
 
@@ -56,6 +53,7 @@ class Plan:
     percents: tuple[float, ...] = ()
     truncations: tuple[str, ...] = ("cett",)
     calibration: str = ""
+    calibration_windows: int = 2
     allow_overlap: bool = False
 
 
@@ -170,7 +168,7 @@ def _calibration(
 ) -> Calibration:
     name, _, split = text.name.partition(":")
     own = f"{name}:calibration" if split == "evaluation" else "stdlib:calibration"
-    spec = CalibrationSpec(plan.calibration or own, CALIBRATION_WINDOWS, plan.window)
+    spec = CalibrationSpec(plan.calibration or own, plan.calibration_windows, plan.window)
     calibration = calibrate(spec, tokenizer, directories)
     if not plan.allow_overlap:
         check_disjoint(calibration.shingles, list(windows.tokens), text.name)

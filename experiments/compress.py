@@ -46,6 +46,7 @@ class Flags:
     batch: int = entry.flag(0, "windows or rows per forward pass; 0: chosen by length and device")
     baseline: str = entry.flag("", "folder of an earlier compression by the same protocol whose dense row is reused")
     decode_tokens: int = entry.flag(32, "tokens decoded to measure speed; 0: not measured")
+    executor: str = entry.flag("masked", "of sparse products while speed is measured: masked, or gathered (zeros are skipped)")
     resume: bool = entry.flag(True, "go on with the pieces of an interrupted compression; --noresume starts anew")
     dtype: str = entry.flag("float32", "float32 or bfloat16: of weights and computation")
     data_dir: str = entry.flag("", "data folder")
@@ -61,6 +62,7 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
         check(getattr(flags, name) >= 0, f"--{name.replace('_', '-')}", getattr(flags, name), "must be 0 or more")
     decoded = flags.decode_tokens
     check(decoded == 0 or decoded >= 2, "--decode-tokens", decoded, "must be 0, or 2 or more")
+    from sparsejax.arrays import EXECUTORS
     from sparsejax.compress.calibration import CalibrationSpec
     from sparsejax.compress.recipe import TIERS, Pass
     from sparsejax.compress.session import Request, compress
@@ -68,6 +70,7 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
     from sparsejax.evaluate.texts import TEXTS
 
     check_choice("--tier", flags.tier, TIERS)
+    check_choice("--executor", flags.executor, EXECUTORS)
     for source in flags.calibration.split(","):
         check_choice("--calibration", source.strip().partition(":")[0], TEXTS)
     passes = entry.from_file("--recipe", flags.recipe, "get_recipe")
@@ -80,7 +83,7 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
         data=(*flags.data, *flags.tasks), tier=flags.tier, calibration=CalibrationSpec(flags.calibration, *counted),
         scope=Scope(flags.scope, flags.keep_first), window=flags.window, limit=flags.limit, batch=flags.batch,
         dtype=flags.dtype, data_dir=flags.data_dir, baseline=flags.baseline, allow_overlap=flags.allow_overlap,
-        resume=flags.resume, decode_tokens=flags.decode_tokens, about=_about(call.command),
+        resume=flags.resume, decode_tokens=flags.decode_tokens, executor=flags.executor, about=_about(call.command),
     ))  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class Flags:
     stop: tuple[str, ...] = entry.flag((), "text that ends a continuation and is not printed; several if repeated")
     seed: int = entry.flag(0, "of the draws; the n-th prompt has seed + n")
     dtype: str = entry.flag("float32", "float32 or bfloat16: of weights and computation")
+    executor: str = entry.flag("masked", "of sparse products while decoding: masked (zeros are multiplied) or gathered")
 
 
 def main(call: entry.Call[Flags]) -> dict[str, Any]:
@@ -52,21 +53,23 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
     check(all(flags.stop), "--stop", "", "must not be empty")
     check(0 <= flags.seed < 2**31, "--seed", flags.seed, "must lie in 0 .. 2**31 - 1")
     asked = read_prompts(flags)
+    from sparsejax.arrays import EXECUTORS
     from sparsejax.evaluate.sampling import Sampling
     from sparsejax.evaluate.text_generator import TextGenerator
     from sparsejax.io.load import load
 
+    check_choice("--executor", flags.executor, EXECUTORS)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p)
-    generator = TextGenerator(load(flags.model, dtype=flags.dtype), consume=True)
+    generator = TextGenerator(load(flags.model, dtype=flags.dtype), consume=True, executor=flags.executor)
     prompts = [generator.encode(prompt) if isinstance(prompt, str) else generator.encode_chat(prompt) for prompt in asked]
     generator.check_room(prompts, flags.max_new_tokens)
     started = time.perf_counter()
     results = _print_as_decoded(generator, asked, prompts, flags, sampling)
     seconds = time.perf_counter() - started
     speed = generator.speed(prompts, flags.max_new_tokens, sampling, TIMED_TOKENS)
-    print(f"\n{describe_speed(speed)}; {seconds:.1f} s with compilation", file=sys.stderr)
+    print(f"\n{describe_speed(speed, flags.executor)}; {seconds:.1f} s with compilation", file=sys.stderr)
     return {
-        "model": flags.model, "dtype": flags.dtype, "seed": flags.seed, "command": call.command,
+        "model": flags.model, "dtype": flags.dtype, "executor": flags.executor, "seed": flags.seed, "command": call.command,
         "results": results, "seconds_with_compilation": seconds, "speed": speed,
     }
 
@@ -140,11 +143,12 @@ def _print_as_decoded(
     ]
 
 
-def describe_speed(speed: dict[str, Any]) -> str:
-    """One line: rates, bytes per token, and the fraction of what memory allows."""
+def describe_speed(speed: dict[str, Any], executor: str = "masked") -> str:
+    """One line: rates, bytes per token (all weights, which `executor` may not read), and the fraction of what memory allows."""
+    reads = "reads" if executor == "masked" else f"({executor}) reads of"
     return (
         f"prefill {speed['prefill_tokens_per_second']:,.0f}, decode {speed['decode_tokens_per_second']:,.1f} tokens/s; "
-        f"a step reads {speed['weight_bytes'] / 1e6:,.1f} MB of weights and {speed['cache_bytes'] / 1e6:,.2f} MB of cache, "
+        f"a step {reads} {speed['weight_bytes'] / 1e6:,.1f} MB of weights and {speed['cache_bytes'] / 1e6:,.2f} MB of cache, "
         f"{speed['bytes_per_second'] / 1e9:,.1f} GB/s, {100 * speed['fraction_of_read_bandwidth']:.0f} % of the "
         f"{speed['read_bandwidth'] / 1e9:,.1f} GB/s at which memory is read"
     )

@@ -4,6 +4,8 @@ x is an Array, a SparseActivation or a QuantizedActivation; w an Array, QTensor,
 `SparseActivation.values` may be a QuantizedActivation, `Sum.base` a QTensor. A pair is looked up by its exact nested types;
 failing that the outer type is peeled by its defining identity (a SparseActivation is its values with zeros outside the mask, a
 Sum the sum of two products), then quantized operands are dequantized.
+A SparseActivation says by which executor it wants to be multiplied: "masked" multiplies its zeros, "gathered" reads the rows of
+w that count (`kernels_pallas.sparse_gemv`), where there are few rows of x.
 Whatever pair is given, the result is the same up to the float tolerance of the executors.
 """
 
@@ -20,9 +22,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.sparse_gemv import sparse_gemv
 from sparsejax.sparse_arrays import NMSparse
 
 log = logging.getLogger(__name__)
+
+EXECUTORS = ("masked", "gathered")
+GATHERED_ROWS = 4  # of x at most: each reads rows of w of its own, and several together soon all of them
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "surrogate"], meta_fields=["dtype"])
@@ -51,7 +57,9 @@ class QuantizedActivation:
         return dataclasses.replace(self, codes=jnp.where(mask, self.codes, 0))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "mask"], meta_fields=["gradient"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "mask"], meta_fields=["gradient", "most", "executor"]
+)
 @dataclasses.dataclass
 class SparseActivation:
     """A tensor of which only the entries under the mask count.
@@ -59,11 +67,15 @@ class SparseActivation:
     values: [..., in], unmasked, so that a residual path can still see what was dropped; Array or QuantizedActivation.
     mask: bool[..., in]; carries no gradient.
     gradient: "masked" (dropped entries receive none) or "straight_through" (they receive the kept entries' gradient).
+    most: no token keeps more entries than this; None: unknown.
+    executor: one of EXECUTORS; linear maps set it to their context's.
     """
 
     values: Any
     mask: Bool[Array, "... in"]
     gradient: str = "masked"
+    most: int | None = None
+    executor: str = "masked"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -345,8 +357,43 @@ def _int_int(x: QuantizedActivation, w: QTensor, groups: Any, out_dtype: Any) ->
     return (total * x.scale * scale).astype(out_dtype or x.dtype)
 
 
+def _sparse_array(x: SparseActivation, w: Array, groups: Any, out_dtype: Any) -> Array:
+    if x.executor == "masked" or groups is not None or w.ndim != 2:
+        return _array_array(x.dense(), w, groups, out_dtype)
+    if x.mask.size > GATHERED_ROWS * x.shape[-1]:
+        _log_many_rows(x.mask.size // x.shape[-1])
+        return _array_array(x.dense(), w, groups, out_dtype)
+    return _gathered_product(out_dtype, (x.gradient, x.most), x.values, x.mask, w)
+
+
+@functools.cache
+def _log_many_rows(rows: int) -> None:
+    log.info("matmul: %d rows are too many to gather for (at most %d): zeros are multiplied", rows, GATHERED_ROWS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered_product(out_dtype: Any, how: tuple[str, int | None], values: Array, mask: Array, w: Array) -> Array:
+    return sparse_gemv(values, mask, w, most=how[1], preferred_element_type=out_dtype or values.dtype)
+
+
+def _gathered_forward(out_dtype: Any, how: Any, *operands: Array) -> tuple[Array, Any]:
+    return _gathered_product(out_dtype, how, *operands), operands
+
+
+def _gathered_backward(out_dtype: Any, how: tuple[str, int | None], operands: Any, g: Array) -> tuple[Any, ...]:
+    """The masked product's: nothing is trained by gathering."""
+    values, mask, w = operands
+    masked = functools.partial(_array_array, groups=None, out_dtype=out_dtype)
+    _, pull = jax.vjp(lambda values, w: masked(SparseActivation(values, mask, how[0]).dense(), w), values, w)
+    dx, dw = pull(g)
+    return dx, None, dw
+
+
+_gathered_product.defvjp(_gathered_forward, _gathered_backward)
+
 _KERNELS: dict[tuple[str, str], Callable[..., Array]] = {
     ("Array", "Array"): _array_array,
+    ("SparseActivation", "Array"): _sparse_array,
     ("QuantizedActivation", "QTensor"): _int_int,
 }
 

@@ -16,7 +16,10 @@ import jax
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["reduction"])
 @dataclasses.dataclass
 class Stat:
-    """A measured array and how it is reduced over microbatches: sum, max or mean."""
+    """A measured array and how it is reduced over microbatches: sum, max or mean.
+
+    "token": it is not, but stands by token, [B, T, ...]; what experts measure of their rows is brought to [B, T, k, ...].
+    """
 
     value: Any
     reduction: str = "sum"
@@ -40,6 +43,7 @@ class Context(NamedTuple):
     memory, memory_segment_ids: the encoder's output [B, S, D] and its segments, for cross-attention.
     tables: per-forward tensors that layers share (rotary cos and sin, relative bias).
     sparsify: bool[B, T]: the tokens at which activation sparsity acts; None: at all of them.
+    executor: how linear maps multiply a SparseActivation, one of `arrays.EXECUTORS`.
     probes: what to measure, see Probe.
     """
 
@@ -55,6 +59,7 @@ class Context(NamedTuple):
     memory_segment_ids: Any = None
     tables: Mapping[str, Any] = {}
     sparsify: Any = None
+    executor: str = "masked"
     probes: tuple[Probe, ...] = ()
 
     @property

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsejax import arrays
 from sparsejax.arrays import (
+    EXECUTORS,
     LowRank,
     QTensor,
     QuantizedActivation,
@@ -123,6 +125,36 @@ def test_dropped_entries_receive_a_gradient_only_when_straight_through(gradient)
     full = np.asarray(r) @ np.asarray(w).T
     np.testing.assert_allclose(dx, full if gradient == "straight_through" else full * np.asarray(mask), atol=1e-5)
     np.testing.assert_allclose(dw, np.where(mask, x, 0).T @ np.asarray(r), atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["masked", "straight_through"])
+@pytest.mark.parametrize("w", ["Array", "QTensor8", "LowRank", "Sum", "Residual"])
+def test_gathered_is_masked_in_values_and_gradients_whatever_the_weight(w, gradient):
+    x = jnp.asarray(rng(1).normal(size=(1, 2, K)), jnp.float32)
+    mask = left("SparseActivation", (1, 2)).mask
+    base = right("Array")
+    made = {"LowRank": low_rank(), "Sum": Sum(base, low_rank()), "Residual": Residual(base, low_rank(), None)}
+    weight = made[w] if w in made else right(w)
+
+    def loss(x, executor):
+        return jnp.sum(matmul(SparseActivation(x, mask, gradient, executor=executor), weight) ** 2)
+
+    (masked, dx), (gathered, gathered_dx) = (jax.value_and_grad(loss)(x, executor) for executor in EXECUTORS)
+    np.testing.assert_allclose(gathered, masked, rtol=1e-5)
+    np.testing.assert_allclose(gathered_dx, dx, rtol=1e-4, atol=1e-5)
+
+
+def test_few_rows_are_gathered_and_many_multiplied_with_their_zeros(monkeypatch):
+    asked = []
+
+    def noted(x, mask, w, *, most, preferred_element_type):
+        asked.append((x.shape, most))
+        return x[..., :OUT]
+
+    monkeypatch.setattr(arrays, "sparse_gemv", noted)
+    for rows, executor in ((1, "gathered"), (1, "masked"), (arrays.GATHERED_ROWS, "gathered"), (N, "gathered")):
+        matmul(dataclasses.replace(left("SparseActivation", (rows,)), executor=executor, most=6), right("Array"))
+    assert asked == [((1, K), 6), ((arrays.GATHERED_ROWS, K), 6)]
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS])

@@ -12,7 +12,7 @@ import experiments.bench as bench
 import experiments.generate as verb
 import sparsejax.io.load
 from experiments import entry
-from sparsejax import nnx_compat
+from sparsejax import arrays, nnx_compat
 from sparsejax.data.tokenizers import Bytes
 from sparsejax.evaluate import decode_speed
 from sparsejax.evaluate.sampling import Sampling
@@ -102,6 +102,20 @@ def test_prompts_come_from_files_and_chats_go_through_the_template(tmp_path):
     assert run("--model=tiny", f"--chat-file={chat}", "--max-new-tokens=3")["results"][0]["prompt_tokens"] == len(
         "<system>Be brief.<user>Hi<assistant>"
     )
+
+
+def test_decoding_by_gathered_rows_gives_what_multiplying_zeros_gives(tiny_everywhere, monkeypatch):
+    rows = []
+    gathered = arrays.sparse_gemv
+    monkeypatch.setattr(arrays, "sparse_gemv", lambda x, *rest, **kwargs: rows.append(x.shape) or gathered(x, *rest, **kwargs))
+    tiny_everywhere["sparse"] = tiny_model(num_layers=1, inputs=("blocks.*.attn.*=topk:0.5", "blocks.*.mlp.down=n_of_m:1,3"))
+    asked = ["--model=sparse", "--prompt=Once upon a time", "--max-new-tokens=12"]
+    masked, found = (run(*asked, f"--executor={executor}") for executor in arrays.EXECUTORS)
+    assert tokens_of(found) == tokens_of(masked) and found["executor"] == "gathered"
+    # q, k, v, o and down, in decoding alone: a prompt has too many rows.
+    assert sorted(set(rows)) == [(1, 1, 16), (1, 1, 24)] and len(rows) == 5
+    with pytest.raises(ConfigError, match="--executor = 'gather': .*Did you mean 'gathered'"):
+        run(*asked, "--executor=gather")
 
 
 def test_a_stop_string_ends_the_text_before_it():

@@ -21,7 +21,10 @@ from sparsejax.io.model import Model
 
 PROMPT_TOKENS = 64
 TURNS = 3  # of which the median counts; one before them compiles
-EXECUTOR = "dense masked: zeros are multiplied"  # what `arrays.matmul` does with a SparseActivation
+EXECUTED = {  # what `arrays.matmul` does with a SparseActivation
+    "masked": "dense masked: zeros are multiplied",
+    "gathered": "gathered: rows of weights that only zeros meet are not read",
+}
 SLICED = "dense products of the hidden units chosen for the prompt"
 GREEDY = Sampling(temperature=0)
 
@@ -64,18 +67,22 @@ def as_scored(record: dict[str, Any]) -> Scored:
     return Scored({name: value for name, value in record.items() if name not in inner}, np.asarray(record["values"]))
 
 
-def decoding(models: dict[str, Model], prompt: Sequence[int], tokens: int) -> dict[str, dict[str, Any]]:
+def decoding(models: dict[str, tuple[Model, str]], prompt: Sequence[int], tokens: int) -> dict[str, dict[str, Any]]:
     """How fast each model decodes one prompt at batch 1 in its serving form, by name.
 
     Args:
+      models: each with the executor of its sparse products.
       prompt: ids; the first `PROMPT_TOKENS` count.
       tokens: new ones of a turn, at least 2.
+    Returns:
+      rates in tokens per second, and the fraction of the memory's read rate at which all weights would have been read at that
+      speed: above 1 where enough of them were not.
     """
     probe, found = Probe(), {}
     prompts = [list(map(int, prompt[:PROMPT_TOKENS]))]
-    for name, model in models.items():
+    for name, (model, executor) in models.items():
         decodes = decoding_model(model, np.asarray(prompts))
-        generator = TextGenerator(decodes)
+        generator = TextGenerator(decodes, executor=executor)
         generator.check_room(prompts, tokens)
         turns = [generator.speed(prompts, tokens, GREEDY, tokens, probe) for _ in range(TURNS + 1)][1:]
         rates = [turn["decode_tokens_per_second"] for turn in turns]
@@ -88,6 +95,6 @@ def decoding(models: dict[str, Model], prompt: Sequence[int], tokens: int) -> di
             "new_tokens": tokens,
             "prompt_tokens": len(prompts[0]),
             "batch": 1,
-            "executor": EXECUTOR if decodes is model else SLICED,
+            "executor": EXECUTED[executor] if decodes is model else SLICED,
         }
     return found

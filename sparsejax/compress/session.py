@@ -25,7 +25,7 @@ from sparsejax.compress import accounting, measure, report, report_html
 from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.calibration import SHINGLE, Calibration, CalibrationSpec, calibrate, check_disjoint
 from sparsejax.compress.provenance import check_overlap, compression
-from sparsejax.compress.recipe import TIERS, Pass, Tier, Work, check_recipe, run_recipe
+from sparsejax.compress.recipe import TIERS, Pass, Tier, Work, check_experts, check_recipe, run_recipe
 from sparsejax.compress.work_folder import WorkFolder, check_out, fingerprint, key_of
 from sparsejax.data.sources import data_directories
 from sparsejax.evaluate import suite
@@ -56,6 +56,9 @@ class Request:
       allow_overlap: calibrate on what is evaluated.
       resume: use the pieces of an interrupted compression.
       decode_tokens: decoded to measure speed; 0: not measured.
+      executor: of the compressed model's sparse products while that is measured, one of `arrays.EXECUTORS`.
+      pieces: where pieces of passes are kept for later compressions, whose passes differ in their targets alone; None: with
+        the result, until it is finished.
       about: versions, device and command, for the report.
     """
 
@@ -77,6 +80,8 @@ class Request:
     allow_overlap: bool = False
     resume: bool = True
     decode_tokens: int = 32
+    executor: str = "masked"
+    pieces: Path | None = None
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -105,6 +110,8 @@ class Request:
         """All that decides the result, as JSON values."""
         names = ("model", "recipe", "tier", "window", "limit", "dtype", "allow_overlap", "decode_tokens")
         given = {name: getattr(self, name) for name in names}
+        if self.executor != "masked":
+            given["executor"] = self.executor
         given["recipe_sha256"] = hashlib.sha256(self.recipe_text.encode()).hexdigest()
         return {**given, "data": list(self.data), "calibration": vars(self.calibration), "scope": vars(self.scope)}
 
@@ -123,7 +130,8 @@ def compress(request: Request) -> dict[str, Any]:
     task = _prepared(request)
     print("\n".join(_plan(request, task)), flush=True)
     folder = WorkFolder(request.out, _pieces_key(request, task), resume=request.resume)
-    work = Work(task.calibration, request.effort, folder.pieces / "passes", _blocks_bar)
+    pieces = request.pieces / _pieces_key(request, task, shared=True) if request.pieces else folder.pieces / "passes"
+    work = Work(task.calibration, request.effort, pieces, _steps_bar)
     started = time.perf_counter()
     compressed = run_recipe(request.passes, task.model, work)
     jax.block_until_ready(compressed.values)
@@ -158,6 +166,7 @@ class _Task(NamedTuple):
 def _prepared(request: Request) -> _Task:
     config = config_of(request.model)
     accounting.check_countable(config)
+    check_experts(request.passes, config)
     check_recipe(request.passes, config)
     _check_scope(request)
     for flag, length in (("--calibration-length", request.calibration.length), ("--window", request.window)):
@@ -179,10 +188,11 @@ def _prepared(request: Request) -> _Task:
     return _Task(model, calibration, sources, encoded, protocol, dense)
 
 
-def _pieces_key(request: Request, task: _Task) -> str:
-    """What the finished pieces of the passes depend on."""
+def _pieces_key(request: Request, task: _Task, shared: bool = False) -> str:
+    """What the finished pieces of the passes depend on; shared: by recipes that differ in numbers."""
     return key_of(
-        weights=task.protocol["weights"], recipe=request.recipe, text=request.recipe_text, tier=request.tier,
+        weights=task.protocol["weights"], recipe=request.method if shared else request.recipe, text=request.recipe_text,
+        tier=request.tier,
         calibration=task.calibration.sha256, skip_first=task.calibration.spec.skip_first, jax=jax.__version__,
     )  # fmt: skip
 
@@ -211,7 +221,8 @@ def _measured(
     row = _compressed_row(request, task, compressed, scored(compressed, request.label), dense)
     if request.decode_tokens:
         prompt = suite.tokens_of(task.encoded[0])[0].tolist()
-        speed = measure.decoding({"dense": task.model, "compressed": compressed}, prompt, request.decode_tokens)
+        models = {"dense": (task.model, "masked"), "compressed": (compressed, request.executor)}
+        speed = measure.decoding(models, prompt, request.decode_tokens)
         dense, row = {**dense, "decode": speed["dense"]}, {**row, "decode": speed["compressed"]}
     return dense, row
 
@@ -230,8 +241,8 @@ def peak_bytes() -> int:
     return held if sys.platform == "darwin" else 1024 * held
 
 
-def _blocks_bar(title: str, total: int) -> AbstractContextManager[Advance]:
-    return progress_bar(title, total, unit="blocks", doing="compressing")
+def _steps_bar(title: str, total: int) -> AbstractContextManager[Advance]:
+    return progress_bar(title, total, unit="steps", doing="compressing")
 
 
 def _check_scope(request: Request) -> None:

@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import nnx_compat
+from sparsejax.arrays import EXECUTORS
 from sparsejax.context import Context
 from sparsejax.evaluate.sampling import Sampling, Steps, sample
 from sparsejax.models.transformer import Transformer
 from sparsejax.nnx_compat import Structure
-from sparsejax.plugs import check
+from sparsejax.plugs import check, check_choice
 
 Apply = Callable[[Any, dict[str, jax.Array], Any], tuple[jax.Array, Any]]
 EmptyCache = Callable[[int, int], Any]
@@ -55,13 +56,18 @@ class Params(NamedTuple):
     memory_segment_ids: Any = None
 
 
-def decoder(structure: Structure, cache_format: str = "dense") -> Decoder:
-    """The Transformer of `structure` as a Decoder whose params are `Params`."""
+def decoder(structure: Structure, cache_format: str = "dense", executor: str = "masked") -> Decoder:
+    """The Transformer of `structure` as a Decoder whose params are `Params`.
+
+    cache_format: a spec of registry kind "cache". executor: of sparse products while decoding, one of `arrays.EXECUTORS`.
+    """
+    check_choice("executor", executor, EXECUTORS)
 
     def apply(params: Params, batch: dict[str, jax.Array], cache: Any) -> tuple[jax.Array, Any]:
         model: Transformer = nnx_compat.merge(structure, params.values)
         mode = "prefill" if batch["tokens"].shape[1] > 1 else "decode"
         ctx = Context(mode=mode, memory=params.memory, memory_segment_ids=params.memory_segment_ids)
+        ctx = ctx._replace(executor=executor if mode == "decode" else "masked")
         h, _, cache = model.features(batch, ctx, cache)
         return model.logits(h[:, -1]), cache
 

@@ -24,7 +24,15 @@ class TextGenerator:
       ConfigError: the model predicts no next token, or has no tokenizer.
     """
 
-    def __init__(self, model: Model, *, serving: bool = True, consume: bool = False, cache_format: str = "dense"):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        serving: bool = True,
+        consume: bool = False,
+        cache_format: str = "dense",
+        executor: str = "masked",
+    ):
         """Prepare a model.
 
         Args:
@@ -32,6 +40,7 @@ class TextGenerator:
           serving: whether its weights are laid out anew for decoding.
           consume: whether they may be taken from the model, which cannot be used afterwards, so that memory never holds both.
           cache_format: a spec of registry kind "cache".
+          executor: of sparse products while decoding, one of `arrays.EXECUTORS`.
         """
         where = f"--model = {model.name!r}"
         config = model.config
@@ -43,7 +52,7 @@ class TextGenerator:
         self.structure, self.values = model.structure, model.values
         if serving:
             self.structure, self.values = serving_form(model.structure, model.values, consume=consume)
-        self.decoder = decoder(self.structure, cache_format)
+        self.decoder = decoder(self.structure, cache_format, executor)
 
     @property
     def ends(self) -> list[int]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sparsejax import plugs
-from sparsejax.arrays import expert_of_rows, matmul
+from sparsejax.arrays import SparseActivation, expert_of_rows, matmul
 from sparsejax.context import Context, Stat
 from sparsejax.layers.op import SiteRules, apply, chain
 from sparsejax.nnx_compat import Module, Weight, weight
@@ -70,7 +70,8 @@ class Linear(Module):
 
     def encode(self, x: Any, ctx: Context) -> Any:
         """The operand that `product` multiplies: x after the activation ops of this site."""
-        return apply(self.inputs, x, ctx)
+        operand = apply(self.inputs, x, ctx)
+        return dataclasses.replace(operand, executor=ctx.executor) if isinstance(operand, SparseActivation) else operand
 
     def product(
         self,

@@ -26,6 +26,7 @@ from tests.compress.uniform import LAYERS, Uniform, write_dense
 
 TOKENS = np.arange(24).reshape(2, 12) * 7 % 264
 SMALL = ("--calibration-sequences=2", "--calibration-length=64", "--window=65", "--limit=3", "--decode-tokens=0")
+DECODED = ("--decode-tokens=4", "--executor=gathered")
 SITES = {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down"}
 
 
@@ -40,7 +41,7 @@ def half(given, tmp_path_factory):
     out = tmp_path_factory.mktemp("half") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparsejax.compress.measure, "Probe", lambda: Probe(2**22))
-        return out, run(given, out, "--decode-tokens=4")
+        return out, run(given, out, *DECODED)
 
 
 @pytest.fixture
@@ -97,7 +98,8 @@ def test_a_compressed_folder_loads_and_its_report_tells_what_was_realised(half, 
     difference = np.array(ours["values"]) - theirs["values"]
     assert ours["loss_difference"] == pytest.approx(difference.mean())
     assert ours["loss_difference_error"] == pytest.approx(difference.std(ddof=1) / 3**0.5)
-    assert row["decode"]["new_tokens"] == 4 and row["decode"]["executor"] and row["cost"]["peak_bytes"] > 2**20
+    executors = [one["decode"]["executor"].partition(":")[0] for one in (dense, row)]
+    assert row["decode"]["new_tokens"] == 4 and executors == ["dense masked", "gathered"] and row["cost"]["peak_bytes"] > 2**20
     assert row["calibration"]["sha256"] and "--recipe" in row["command"] and row["versions"]["jax"] == jax.__version__
     assert row["notes"] == {"0-uniform": {"layers": LAYERS}}
 
@@ -176,10 +178,10 @@ def test_pieces_of_another_recipe_are_not_taken(tmp_path):
 def test_a_finished_folder_is_left_alone_and_another_request_for_it_refused(half, given, monkeypatch, capsys):
     out, report = half
     monkeypatch.setattr(sparsejax.compress.session, "load", None)
-    assert run(given, out, "--decode-tokens=4") == report
+    assert run(given, out, *DECODED) == report
     assert "finished before" in capsys.readouterr().out
     model, recipe = given
-    argv = [f"--model={model}", f"--recipe={recipe}:0.25", f"--out={out}", *SMALL, "--decode-tokens=4"]
+    argv = [f"--model={model}", f"--recipe={recipe}:0.25", f"--out={out}", *SMALL, *DECODED]
     assert "differing in recipe;" in refusal(capsys, compress.main, compress.Flags, *argv)
 
 

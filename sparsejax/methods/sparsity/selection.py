@@ -87,9 +87,9 @@ class Selector:
             return {"mean": fitted(None)}
         return {"scale": fitted(shape[-2])} if self.score == "weighted" else {}
 
-    def chosen(self, x: Operand, mask: Array, ctx: Context) -> SparseActivation:
-        """x with its mask, whole at tokens out of scope."""
-        return SparseActivation(x, ctx.kept(mask), self.gradient)
+    def chosen(self, x: Operand, mask: Array, ctx: Context, most: int | None = None) -> SparseActivation:
+        """x with its mask, whole at tokens out of scope; `most`: entries that a mask keeps at most, where that is known."""
+        return SparseActivation(x, ctx.kept(mask), self.gradient, most if ctx.sparsify is None else None)
 
 
 @plugs.register("activation_op", "threshold")
@@ -149,7 +149,8 @@ class TopK(Selector):
             count = jnp.clip(jnp.round(arrays["count"]), 1, features).astype(jnp.int32)
         elif count == features:
             return x
-        sparse = self.chosen(x, topk_mask(score_of(x, self.score, arrays), count), ctx)
+        most = None if self.fitted else count
+        sparse = self.chosen(x, topk_mask(score_of(x, self.score, arrays), count), ctx, most)
         return _norm_kept(sparse) if self.rescale else sparse
 
 
@@ -181,7 +182,7 @@ class BlockTopK(Selector):
         if kept * self.block == features:
             return x
         energy = jnp.square(score_of(x, self.score, arrays).astype(jnp.float32))
-        return self.chosen(x, block_topk_mask(energy, kept, self.block), ctx)
+        return self.chosen(x, block_topk_mask(energy, kept, self.block), ctx, kept * self.block)
 
 
 @plugs.register("activation_op", "n_of_m")
@@ -205,7 +206,10 @@ class NofM(Selector):
     def __call__(self, *arguments: Any) -> SparseActivation | Operand:
         """As `TopK.__call__`; x itself where n = m."""
         arrays, x, ctx = arguments if len(arguments) == 3 else ({}, *arguments)
-        return x if self.n == self.m else self.chosen(x, n_of_m_mask(score_of(x, self.score, arrays), self.n, self.m), ctx)
+        if self.n == self.m:
+            return x
+        most = x.shape[-1] // self.m * self.n
+        return self.chosen(x, n_of_m_mask(score_of(x, self.score, arrays), self.n, self.m), ctx, most)
 
 
 @plugs.register("activation_op", "stat_topk")

@@ -3,9 +3,11 @@
     s_i              share of a map's weights that a token does not need, mean over tokens in scope:
                      1 - kept inputs * kept outputs
     model sparsity   sum n_i s_i / sum n_i over the linear maps of the blocks (embedding, head and norms out of both)
-    bytes per token  all parameters once (`models.serving.read_bytes`) - sum bytes_i s_i - zero padding of adapters
+    bytes per token  all parameters once (`models.serving.read_bytes`) - experts that a token does not pass - sum bytes_i s_i
+                     - zero padding of adapters
     ideal speed-up   dense bytes / bytes: the roofline of batch-1 decoding, KV cache left out, kernels as good as the dense one
 
+Experts count as many times as a token passes some (n_i = k in out), and s_i is their mean over a token's experts.
 Inputs are kept where the operand of a map is not exactly zero. Outputs of `up` are dropped where a neuron selector drops its
 hidden units; `skips` of a selector or of an op at `down` (class variable, names of FFN maps) says whose outputs its zeros save:
 ("up",) for thresholds on the gate, which is what a selector has unless it says more, ("gate", "up") where the choice is known
@@ -26,6 +28,7 @@ from jaxtyping import Array, Bool
 
 from sparsejax import nnx_compat
 from sparsejax.arrays import QTensor, dense
+from sparsejax.compress.blocks import measured_at
 from sparsejax.context import Context, Probe, Stat
 from sparsejax.evaluate.scoring import Meter
 from sparsejax.io.model import Model
@@ -33,10 +36,12 @@ from sparsejax.io.name_map import parameter_slots
 from sparsejax.layers.op import SiteRules
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.serving import read_bytes
-from sparsejax.models.sizes import linear_shapes
+from sparsejax.models.sizes import expert_sites, linear_shapes
 from sparsejax.plugs import check
 
-MAPS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+ATTENTION, FEED = ("attn.q", "attn.k", "attn.v", "attn.o"), ("mlp.gate", "mlp.up", "mlp.down")
+MIXED = ("mlp.experts.", "mlp.shared.")  # before gate, up, down: the networks of a mixture
+MAPS = (*ATTENTION, *FEED, *(network + name.removeprefix("mlp.") for network in MIXED for name in FEED))
 ENTERING = ("mlp.gate", "mlp.up")
 EXTRA_ROLES = ("adapter", "fitted")
 
@@ -46,8 +51,8 @@ class Sparsity:
     """Realised sparsity.
 
     Fields:
-      sites: map of a block (`MAPS`) -> share of its weights that are not needed, float64 [L].
-      sizes: map of a block -> its weights (in * out), int64 [L].
+      sites: map of a block (`MAPS`) -> share of its weights that are not needed, float64 [L]; 0 where a block lacks it.
+      sizes: map of a block -> its weights that a token passes (in * out, of experts k times that), int64 [L].
       tokens: over which the shares are means.
     """
 
@@ -89,11 +94,13 @@ def check_countable(config: ModelConfig) -> None:
     """Refuse a model whose zeros cannot be told by token.
 
     Raises:
-      ConfigError: no decoder, or one with experts.
+      ConfigError: no decoder, one whose feed is neither a network nor a mixture of them, or a mixture whose units are selected.
     """
     check(config.kind == "decoder", "--model: kind", config.kind, "only a decoder is compressed")
-    experts = [feed for feed in config.feed_pattern if not feed.startswith("ffn")]
-    check(not experts, "--model: feed_pattern", experts, "sparsity is counted by token; rows sorted by expert do not tell it")
+    other = [feed for feed in config.feed_pattern if feed.partition(":")[0] not in ("ffn", "moe")]
+    check(not other, "--model: feed_pattern", other, "zeros are counted in dense networks and mixtures of experts (ffn, moe)")
+    selected = next((site for site in _mixtures(config) if SiteRules.of(config).at("neurons", site)), "")
+    check(not selected, "--model: neurons", selected, "selects units of a mixture of experts, whose savings are not counted")
 
 
 def meter(config: ModelConfig) -> Meter:
@@ -106,12 +113,17 @@ def meter(config: ModelConfig) -> Meter:
     probes = tuple(Probe(site, _kept_share) for site in sites)
 
     def reduce(stats: dict[str, Any], counted: Bool[Array, "B T"]) -> dict[str, Any]:
-        kept = {site: stats[site]["kept"].value for site in stats if "kept" in stats[site]}  # [L, B, T]
+        kept = {site: stats[site]["kept"].value for site in stats if "kept" in stats[site]}  # [layers with it, B, T]
+        of_experts = {site: stats[site]["kept_rows"].value.mean(-1) for site in stats if "kept_rows" in stats[site]}
         weight = counted.astype(jnp.float32)[None]
         sums = {}
         for name in MAPS:
-            if name in kept:
-                needed = kept[name] * _kept_outputs(kept, chosen, *skipping[name]) if name in ENTERING else kept[name]
+            key = measured_at(name)[1]
+            shares = of_experts if name.startswith("mlp.experts.") else kept
+            if key in shares:
+                needed = shares[key]
+                if name in ENTERING:
+                    needed = needed * _kept_outputs(kept, chosen, *skipping[name])
                 sums[name] = jnp.sum((1 - needed) * weight, axis=(1, 2))
         return {"tokens": jnp.sum(weight), "skipped": sums}
 
@@ -122,21 +134,26 @@ def sparsity(config: ModelConfig, measured: dict[str, Any]) -> Sparsity:
     """What `meter` measured, `Scorer.measured`, as shares."""
     tokens = float(measured["tokens"])
     check(tokens, "--scope", tokens, "leaves no token to measure")
-    shapes = linear_shapes(config)
-    sums = measured["skipped"]
-    sites = {name: np.asarray(sums[name], np.float64) / tokens for name in MAPS if name in sums}
-    sizes = {
-        name: np.array([math.prod(shapes[f"blocks.{layer}.{name}"]) for layer in range(config.num_layers)], np.int64)
-        for name in sites
-    }
+    shapes, experts = linear_shapes(config), expert_sites(config)
+    sums, sites, sizes = measured["skipped"], {}, {}
+    for name in (name for name in MAPS if name in sums):
+        present = {layer: site for layer in range(config.num_layers) if (site := f"blocks.{layer}.{name}") in shapes}
+        sites[name], sizes[name] = np.zeros(config.num_layers), np.zeros(config.num_layers, np.int64)
+        sites[name][list(present)] = np.asarray(sums[name], np.float64) / tokens
+        sizes[name][list(present)] = [math.prod(shapes[site]) * experts.get(site, (1, 1))[0] for site in present.values()]
     return Sparsity(sites, sizes, tokens)
 
 
 def bytes_per_token(model: Model, realised: Sparsity | None = None) -> Bytes:
     """What decoding one token reads, beside the KV cache; without a sparsity, all of the model."""
     padding, extra = _extra_bytes(model)
-    saved = 0.0 if realised is None else _saved_bytes(model, realised)
-    return Bytes(read_bytes(model.structure, model.values) - padding - saved, extra, saved)
+    passed = _passed_bytes(model)
+    idle = sum(stored - active for rows in passed.values() for stored, active in rows.values())
+    saved = 0.0
+    if realised is not None:
+        for (leaf, layer), (_, active) in ((at, size) for rows in passed.values() for at, size in rows.items()):
+            saved += active * float(realised.sites[leaf][layer])
+    return Bytes(read_bytes(model.structure, model.values) - padding - idle - saved, extra, saved)
 
 
 def weight_zeros(model: Model) -> float:
@@ -150,19 +167,21 @@ def weight_zeros(model: Model) -> float:
 
 
 def _kept_share(tensor: Any, ctx: Context) -> dict[str, Stat]:
-    """float32 [B, T]: the share of a token's entries that are not zero."""
+    """float32 [B, T]: the share of a token's entries that are not zero; `kept_rows` of experts, by row of theirs."""
     x = dense(tensor)
     zeros = jnp.sum(x == 0, axis=-1, dtype=jnp.int32)
-    return {"kept": Stat(1 - zeros.astype(jnp.float32) / x.shape[-1], "mean")}  # exactly 1 where there is no zero
+    share = Stat(1 - zeros.astype(jnp.float32) / x.shape[-1], "token")  # exactly 1 where there is no zero
+    return {"kept" if x.ndim == 3 else "kept_rows": share}
 
 
 def _skipping(config: ModelConfig, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """bool [L] each: whether a selector of neurons, whether an op at `down`, saves outputs of this map."""
+    """bool [layers with this map] each: whether a selector of neurons, whether an op at `down`, saves outputs of it."""
     rules = SiteRules.of(config)
-    leaf = name.rpartition(".")[2]
+    leaf, shapes = name.rpartition(".")[2], linear_shapes(config)
+    present = [layer for layer in range(config.num_layers) if f"blocks.{layer}.{name}" in shapes]
 
     def saved(field: str, site: str, default: tuple[str, ...]) -> np.ndarray:
-        layers = (rules.at(field, f"blocks.{layer}.{site}") for layer in range(config.num_layers))
+        layers = (rules.at(field, f"blocks.{layer}.{site}") for layer in present)
         return np.array([any(leaf in getattr(spec, "skips", default) for spec in specs) for specs in layers], bool)
 
     return saved("neurons", "mlp", ("up",)), saved("inputs", "mlp.down", ())
@@ -189,13 +208,23 @@ def _kernels(model: Model) -> dict[tuple[str, ...], list[tuple[str, int]]]:
     return found
 
 
-def _saved_bytes(model: Model, realised: Sparsity) -> float:
-    saved = 0.0
+def _passed_bytes(model: Model) -> dict[tuple[str, ...], dict[tuple[str, int], tuple[float, float]]]:
+    """By path of an array of kernels, and (map of a block, layer): its bytes, and those that a token passes."""
+    found: dict[tuple[str, ...], dict[tuple[str, int], tuple[float, float]]] = {}
+    experts = expert_sites(model.config)
     for path, rows in _kernels(model).items():
         kernel = nnx_compat.at(model.values, path)
-        stored = kernel.codes if isinstance(kernel, QTensor) else kernel  # scales belong to outputs, which are all computed
-        saved += stored.nbytes / len(rows) * sum(float(realised.sites[leaf][layer]) for leaf, layer in rows)
-    return saved
+        # Scales belong to outputs, which are all computed.
+        each = (kernel.codes if isinstance(kernel, QTensor) else kernel).nbytes / len(rows)
+        shares = {(leaf, layer): experts.get(f"blocks.{layer}.{leaf}", (1, 1)) for leaf, layer in rows}
+        found[path] = {at: (each, each * passed / among) for at, (passed, among) in shares.items()}
+    return found
+
+
+def _mixtures(config: ModelConfig) -> list[str]:
+    """`blocks.3.mlp.experts`, `blocks.3.mlp.shared`, ...: the networks of mixtures."""
+    sites = (site.rpartition(".")[0] for site in linear_shapes(config))
+    return [site for site in dict.fromkeys(sites) if site.endswith((".experts", ".shared"))]
 
 
 def _extra_bytes(model: Model) -> tuple[float, float]:

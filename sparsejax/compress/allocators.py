@@ -6,7 +6,7 @@
     EqualMarginal  over all blocks at once, from each site's own error curve: equal marginal error per parameter
 
 An allocator is a frozen dataclass, named in recipes as `greedy:step=0.05`, that is called with a `Problem` and a target. Sizes
-are parameters of the maps (of one expert, where experts share a site).
+are parameters that a token passes: of the maps, of so many experts as it is sent to.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,6 +41,7 @@ from sparsejax.context import site_matches
 from sparsejax.io.model import Model
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.site_rules import rule_sites
+from sparsejax.models.sizes import expert_sites
 from sparsejax.plugs import check, check_choice, register
 
 # A greedy search is kept in pieces of so much sparsity of a block: they resume it, and serve later runs to other targets.
@@ -68,7 +70,7 @@ class Problem:
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:
-        """Parameters of each site's map."""
+        """Parameters of each site's map that a token passes."""
         return site_sizes(self.model.config, self.sites)
 
     def of_layer(self, layer: int) -> dict[str, int]:
@@ -82,9 +84,9 @@ class Problem:
 
 
 def site_sizes(config: ModelConfig, sites: Sequence[str]) -> dict[str, int]:
-    """Parameters of each site's map."""
-    shapes = rule_sites(config)["inputs"]
-    return {site: shapes[site][0] * shapes[site][1] for site in sites}
+    """Parameters of each site's map that a token passes."""
+    shapes, experts = rule_sites(config)["inputs"], expert_sites(config)
+    return {site: math.prod(shapes[site]) * experts.get(site, (1, 1))[0] for site in sites}
 
 
 def sizes_by_layer(sizes: Sizes) -> dict[int, dict[str, int]]:
@@ -104,7 +106,9 @@ def allocation_tokens(work: Work) -> np.ndarray:
 
 
 class Allocator(abc.ABC):
-    """How a budget is shared, see the module."""
+    """How a budget is shared, see the module; `experts`: whether also between the maps of experts."""
+
+    experts: ClassVar[bool] = True
 
     @abc.abstractmethod
     def __call__(self, problem: Problem, target: float) -> Plan:
@@ -142,7 +146,7 @@ class FixedRatio(Allocator):
     ratios: (glob, ratio); the first that names a site counts.
     """
 
-    ratios: tuple[tuple[str, float], ...] = (("**.{attn.o,mlp.down}", 1.2), ("**", 0.8))
+    ratios: tuple[tuple[str, float], ...] = (("**.{attn.o,down}", 1.2), ("**", 0.8))
 
     def __call__(self, problem: Problem, target: float) -> Plan:
         found: dict[str, float] = {}

@@ -27,13 +27,31 @@ INPUTS = {
 }
 
 
+# The same of a mixture of experts: by row for those that a token is sent to, beside those that every token passes.
+EXPERT_INPUTS = {
+    "mlp.experts.up": ("mlp.experts.gate", "mlp.experts.up"),
+    "mlp.experts.down": ("mlp.experts.down",),
+    "mlp.shared.up": ("mlp.shared.gate", "mlp.shared.up"),
+    "mlp.shared.down": ("mlp.shared.down",),
+}
+
+
+def measured_at(site: str) -> tuple[str, str]:
+    """(what a probe names, where its statistics are) of a block-local tensor: a mixture's networks all measure as `mlp`."""
+    for name, prefix in (("mlp.experts.", ""), ("mlp.shared.", "shared.")):
+        if site.startswith(name):
+            inner = f"mlp.{site.removeprefix(name)}"
+            return inner, prefix + inner
+    return site, site
+
+
 def taps(*sites: str) -> tuple[Probe, ...]:
     """Probes that hand out the tensors of block-local sites (`attn.q`, `mlp.hidden`, ...) as they are, see `Blocks.run`."""
     return tuple(Probe(site, _whole) for site in sites)
 
 
 def _whole(tensor: Any, ctx: Context) -> dict[str, Stat]:
-    return {"value": Stat(dense(tensor))}
+    return {"value": Stat(dense(tensor), "token")}
 
 
 class Blocks:
@@ -90,9 +108,10 @@ class Blocks:
         return self._run(first, probes)(self.values(layer) if values is None else values, h, sparsify)
 
     def tensors(self, layer: int, h: Float[Array, "B T D"], *sites: str, values: Any = None) -> tuple[Array, dict[str, Array]]:
-        """(what leaves the block, `{site: tensor}`) of block-local sites."""
-        h, stats = self.run(layer, h, values=values, probes=taps(*sites))
-        return h, {site: stats[site]["value"].value for site in sites}
+        """(what leaves the block, `{site: tensor}`) of block-local sites; of experts (`mlp.experts.down`) [B, T, k, in]."""
+        named = {site: measured_at(site) for site in sites}
+        h, stats = self.run(layer, h, values=values, probes=taps(*dict.fromkeys(probe for probe, _ in named.values())))
+        return h, {site: stats[key]["value"].value for site, (_, key) in named.items()}
 
     def stream(self, tokens: Any) -> Iterator[tuple[int, Float[Array, "B T D"]]]:
         """(layer, what enters it) from the first to the last, under the model's own parameters."""

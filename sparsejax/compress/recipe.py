@@ -29,6 +29,7 @@ from sparsejax.compress.calibration import Calibration
 from sparsejax.evaluate.progress import Advance, no_progress
 from sparsejax.io.model import Model
 from sparsejax.models.config import ModelConfig
+from sparsejax.models.sizes import expert_sites
 from sparsejax.plugs import ConfigError, check, check_choice
 
 # Changes of basis and structure; then of the weights' values; then what selects activations.
@@ -114,10 +115,12 @@ class Pass(abc.ABC):
 
     stage: what it changes, see `STAGES`.
     scope: what its sparsity needs of the evaluation: "all", or "from:0.5" for one that reads a prompt.
+    experts: whether it works on a mixture of experts.
     """
 
     stage: ClassVar[str]
     scope: ClassVar[str] = "all"
+    experts: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -158,6 +161,19 @@ def check_recipe(passes: Sequence[Pass], config: ModelConfig) -> None:
             one.check(config)
         except ConfigError as error:
             raise ConfigError(f"recipe[{number}] ({one.name}): {error}") from error
+
+
+def check_experts(passes: Sequence[Pass], config: ModelConfig) -> None:
+    """Refuse passes that know dense feed-forward networks alone, where a block has none.
+
+    Raises:
+      ConfigError: names the pass and the first site of experts.
+    """
+    site = next((site.rpartition(".")[0] for site in expert_sites(config)), "")
+    for number, one in enumerate(passes):
+        check(not site or one.experts, f"recipe[{number}] ({one.name}): site", site,
+              "is a mixture of experts, whose units this pass cannot choose; what selects entries at the inputs of linear maps "
+              "can (teal, topk, wina, n_of_m)")  # fmt: skip
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsejax.compress.blocks import INPUTS, Blocks
+from sparsejax.compress.blocks import EXPERT_INPUTS, INPUTS, Blocks
 from sparsejax.compress.recipe import Work
 
 # Entries that are sorted at most; a longer sample is thinned to every n-th row first.
@@ -64,7 +64,7 @@ def second_moment(x: Any, skip_first: int = 0) -> np.ndarray:
 
 def tensor_of(site: str) -> str:
     """The tensor, by the first map that reads it, that enters a block-local map: "attn.q" for "attn.v", see `INPUTS`."""
-    return next((tensor for tensor, maps in INPUTS.items() if site in maps), site)
+    return next((tensor for tensor, maps in (INPUTS | EXPERT_INPUTS).items() if site in maps), site)
 
 
 def input_quantiles(
@@ -83,7 +83,6 @@ def input_quantiles(
       name: of the pieces; another one where anything but the model differs.
     """
     scales, skip = scales or {}, work.calibration.spec.skip_first
-    tensors = tuple(dict.fromkeys(tensor_of(site.split(".", 2)[2]) for site in sites))
     tokens = work.calibration.tokens
     together = max(1, TOKENS_TOGETHER // tokens.shape[1])
     entering = [blocks.embed(tokens[first : first + together]) for first in range(0, len(tokens), together)]
@@ -91,13 +90,14 @@ def input_quantiles(
 
     def measure(layer: int, chosen: Sequence[str]) -> dict[str, np.ndarray]:
         nonlocal reached
+        tensors = tuple(dict.fromkeys(tensor_of(site.split(".", 2)[2]) for site in chosen))
         samples: dict[str, list[np.ndarray]] = {tensor: [] for tensor in tensors}
         for number, h in enumerate(entering):
             for finished in range(reached, layer):
                 h, _ = blocks.run(finished, h)
             entering[number], entered = blocks.tensors(layer, h, *tensors)
             for tensor, x in entered.items():
-                every = math.ceil(tokens.size * x.shape[-1] / LARGEST_SAMPLE)
+                every = math.ceil(len(tokens) * x[0].size / LARGEST_SAMPLE)
                 samples[tensor].append(np.abs(np.asarray(x)[:, skip:].reshape(-1, x.shape[-1])[::every]))
         reached = layer + 1
         return _sorted_scores({tensor: np.concatenate(parts) for tensor, parts in samples.items()}, chosen, scales)

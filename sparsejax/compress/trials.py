@@ -37,6 +37,7 @@ _STANDING = {
     "mlp.up": ("mix", "attn", "mlp.gate"),
     "mlp.down": ("mix", "attn", "mlp.gate", "mlp.up"),
 }
+_OF_EXPERTS = ("mix", "attn")
 
 
 class _HeldMap:
@@ -110,8 +111,7 @@ class Trials:
         def run(values: Any, arrays: Mapping[str, Any], h: Array, held: Held, target: Array, weights: Array) -> Any:
             values, given, held = jax.tree.map(lambda leaf: leaf, values), set(held), dict(held)
             for local, named in arrays.items():
-                part, name = local.split(".")
-                chain = values[part][name]["inputs"]
+                chain = nnx_compat.at(values, (*local.split("."), "inputs"))
                 chain[max(chain, key=int)].update(named)
             block = _holding(self.blocks.module(layer, values), held)
             ctx = self.blocks.context(h.shape[1], h.shape[0])._replace(layer=layer)
@@ -143,7 +143,7 @@ class BlockTrials:
         """Errors of the plan so far with each (site, share) in its place, relative to the dense output (see `Trials`)."""
         found = []
         for local, share in trials:
-            standing = {name: self._held[name] for name in _STANDING[local] if name in self._held}
+            standing = {name: self._held[name] for name in _STANDING.get(local, _OF_EXPERTS) if name in self._held}
             error, new = self._run({**self._arrays, local: self._fitted(local, share)}, standing)
             self._tried[local, share] = standing | new
             found.append(error)

@@ -28,6 +28,7 @@ from sparsejax.ops.routers import (
     softmax_top_k,
 )
 from sparsejax.parallel.rules import RULES, constrain, spec_for
+from sparsejax.plugs import check
 
 # Fan-in is too large for a router: its softmax would start peaked. Zero would start with ties, all of them expert 0.
 ROUTER_STD = 0.02
@@ -39,7 +40,8 @@ class MoE(Module):
     With `shared_gate` the shared experts' sum is multiplied by sigmoid(x w), w [D, 1] (Qwen2-MoE).
     The router (`SITE.router`) and that gate take no activation or weight ops and stay in float32. While training with a
     capacity, each row of the batch is its own routing group and overflowing assignments are dropped; all else is dropless.
-    Statistics at `mlp.router`: balance and z (see ops.routers), load [E], dropped (assignments), tokens.
+    Statistics at `mlp.router`: balance and z (see ops.routers), load [E], dropped (assignments), tokens. Where dispatch is
+    dropless, statistics by token come back to [B, T, k, ...].
     """
 
     def __init__(
@@ -108,7 +110,8 @@ class MoE(Module):
             rows = permute_rows(jnp.repeat(x.reshape(-1, x.shape[-1]), self.k, axis=0), sent.assignments, sent.rows)
             layout = [_follow(a.reshape(1, -1), sent.assignments[None] // self.k)[0] for a in by_token]
             y, stats = experts(rows, _dispatched(ctx, *layout), sent.groups)
-            return permute_rows(y, sent.rows, sent.assignments).reshape(*chosen.shape, -1), stats
+            returned = _by_token(stats, lambda value: _returned(value, sent.rows, chosen.shape))
+            return permute_rows(y, sent.rows, sent.assignments).reshape(*chosen.shape, -1), returned
 
         y, stats = _per_token_shard(sort_and_run, self.experts, x, routing.experts, *_layout(ctx))
         return y, stats, jnp.zeros((), jnp.float32)
@@ -129,6 +132,20 @@ class MoE(Module):
         return back.reshape(batch, length, self.k, width), stats, dropped
 
 
+def _by_token(stats: Stats, move: Callable[[Array], Array]) -> Stats:
+    """The statistics, those by token moved."""
+
+    def moved(stat: Stat) -> Stat:
+        return Stat(move(stat.value), stat.reduction) if stat.reduction == "token" else stat
+
+    return {site: {name: moved(stat) for name, stat in found.items()} for site, found in stats.items()}
+
+
+def _returned(value: Array, rows: Array, shape: tuple[int, ...]) -> Array:
+    """[B, T, k, ...] of a value [N, ...] by row of the experts' layout; zeros at padding."""
+    return value.at[rows].get(mode="fill", fill_value=0).reshape(*shape, *value.shape[1:])
+
+
 def _per_token_shard(fn: Callable[..., tuple[Array, Stats]], module: Any, *by_token: Array) -> tuple[Array, Stats]:
     """fn(module, *by_token) on each device's part of arrays [B, T, ...]; its statistics are reduced as they declare."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -141,6 +158,8 @@ def _per_token_shard(fn: Callable[..., tuple[Array, Stats]], module: Any, *by_to
 
     def body(module: Any, *parts: Array) -> tuple[Array, Stats]:
         y, stats = fn(module, *parts)
+        by_token = [site for site, found in stats.items() if any(stat.reduction == "token" for stat in found.values())]
+        check(not by_token, "probes", by_token, "statistics by token are not gathered from the devices of a mesh")
         reductions = {"sum": jax.lax.psum, "max": jax.lax.pmax, "mean": jax.lax.pmean}
         reduced = {
             site: {name: Stat(reductions[stat.reduction](stat.value, axes), stat.reduction) for name, stat in found.items()}

@@ -89,6 +89,13 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def expert_sites(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """`{site: (experts that a token passes, experts)}` of the maps of experts in a decoder's blocks."""
+    feeds = _feeds(config)
+    layers = ((layer, feeds[layer % len(feeds)]) for layer in range(config.num_layers))
+    return {f"blocks.{layer}.{site}": counts for layer, feed in layers for site, counts in feed.experts.items()}
+
+
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters of a finalized model by part: embedding, attention, cross, feed, norm, head, and their total."""
     counts = dict.fromkeys(("embedding", "attention", "cross", "feed", "norm", "head"), 0)
@@ -157,9 +164,11 @@ def _attention_count(config: ModelConfig) -> int:
 
 
 class _Feed(NamedTuple):
-    """The linear maps of one entry of `feed_pattern` by site, its parameters, and the matmul parameters that a token passes."""
+    """The linear maps of one entry of `feed_pattern` by site, those of experts among them with (experts that a token passes,
+    experts), its parameters, and the matmul parameters that a token passes."""
 
     sites: dict[str, tuple[int, int]]
+    experts: dict[str, tuple[int, int]]
     parameters: int
     active: float
 
@@ -187,6 +196,7 @@ def _feed(config: ModelConfig, feed: str) -> _Feed:
     share = spec.active_fraction() if hasattr(spec, "active_fraction") else 1.0
     return _Feed(
         sites={op.spec: shape[-2:] for linear, shape in named for op in linear.inputs.values()},
+        experts={op.spec: (spec.k, shape[0]) for linear, shape in named for op in linear.inputs.values() if len(shape) == 3},
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(module)),
         active=matrices * share + routers,
     )

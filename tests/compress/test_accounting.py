@@ -171,7 +171,11 @@ def test_a_meter_changes_no_score():
     np.testing.assert_array_equal(plain, metered)
 
 
-def test_experts_are_refused_by_name():
-    config = dataclasses.replace(random_model().config, feed_pattern=("moe:experts=4,k=2",))
-    with pytest.raises(ConfigError, match="feed_pattern"):
-        accounting.meter(config)
+def test_what_is_neither_a_network_nor_a_plain_mixture_of_them_is_refused_by_name():
+    config = random_model().config
+    with pytest.raises(ConfigError, match="feed_pattern = .'spark'"):
+        accounting.meter(dataclasses.replace(config, feed_pattern=("spark",)))
+    mixed = dataclasses.replace(config, feed_pattern=("moe:experts=4,k=2",))
+    selected = dataclasses.replace(mixed, neurons=("blocks.*.mlp.experts=test_positive_gate",))
+    with pytest.raises(ConfigError, match="neurons = 'blocks.0.mlp.experts'"):
+        accounting.meter(selected)

@@ -11,6 +11,8 @@ from sparsejax.io.model import Model
 from sparsejax.models.config import AttentionConfig, FFNConfig, ModelConfig
 from sparsejax.models.transformer import Transformer
 
+DRAWN = {}  # drawing parameters compiles longer than most of what is tested with them
+
 
 def tiny_model(layers=3, width=32, hidden=64, seed=0, activation="swiglu", **fields):
     """Random parameters, bytes as tokens, 4 query and 2 kv heads."""
@@ -23,5 +25,8 @@ def tiny_model(layers=3, width=32, hidden=64, seed=0, activation="swiglu", **fie
         ffn=FFNConfig(hidden=hidden, activation=activation),
     )
     config = finalize(ExperimentConfig(model=dataclasses.replace(config, **fields))).model
-    structure, values = nnx_compat.split(jax.jit(lambda key: Transformer(config, key))(jax.random.key(seed)))
-    return Model("tiny", config, structure, values, Bytes().build(None, 0, ()))
+    key = repr((config, seed))
+    if key not in DRAWN:
+        DRAWN[key] = nnx_compat.split(jax.jit(lambda key: Transformer(config, key))(jax.random.key(seed)))
+    structure, values = DRAWN[key]
+    return Model("tiny", config, structure, jax.tree.map(lambda leaf: leaf, values), Bytes().build(None, 0, ()))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from sparsejax.compress.allocate import Plan
 from sparsejax.compress.allocators import Allocator, FixedRatio, Problem
@@ -48,6 +49,7 @@ class LaRosa(Teal):
 
     select: str = "topk"
     allocator: Allocator = field(default_factory=FixedRatio)
+    experts: ClassVar[bool] = False
 
     def check(self, config: ModelConfig) -> None:
         super().check(config)

@@ -29,6 +29,7 @@ class ActivationNofM(Pass):
     m: int = 16
     sites: str = "blocks.**"
     stage: ClassVar[str] = ACTIVATIONS
+    experts: ClassVar[bool] = True
 
     def check(self, config: ModelConfig) -> None:
         spec, shapes = NofM(self.n, self.m), rule_sites(config)["inputs"]

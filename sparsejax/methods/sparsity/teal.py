@@ -13,7 +13,8 @@ entries of each token instead, for kernels with static shapes.
 Differs from the released code: quantiles of |x| itself (theirs mirror a signed histogram, which misses s where x is not
 symmetric); errors are Frobenius norms over all tokens (theirs: norms over the token axis, averaged over channels); the step of
 small k and v maps is capped (theirs jumps by .4 and leaves them dense). Left out: the GPU kernel (see `kernels_pallas`), and
-that the paper's evaluation keeps the first half of the tokens dense (a scope of `evaluate`).
+that the paper's evaluation keeps the first half of the tokens dense (a scope of `evaluate`). The experts of a
+mixture share the threshold of a site, and its router stays dense.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import ClassVar
 import numpy as np
 
 from sparsejax.compress.allocators import Allocator, Greedy, Problem, by_kind, site_sizes
-from sparsejax.compress.blocks import INPUTS, Blocks
+from sparsejax.compress.blocks import EXPERT_INPUTS, INPUTS, Blocks
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Tier, Work, check_sparsity
 from sparsejax.compress.statistics import input_quantiles
 from sparsejax.compress.surgery import Placed, place, sites_of
@@ -33,6 +34,7 @@ from sparsejax.compress.trials import Selection
 from sparsejax.io.model import Model
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.site_rules import rule_sites
+from sparsejax.models.sizes import expert_sites
 from sparsejax.plugs import check, check_choice
 
 SELECTORS = ("threshold", "topk")
@@ -50,13 +52,16 @@ class Teal(Pass):
     sparsity: float = 0.5
     select: str = "threshold"
     allocator: Allocator = field(default_factory=Greedy)
-    sites: str = "blocks.*.{attn,mlp}.*"
+    sites: str = "blocks.**"
     stage: ClassVar[str] = ACTIVATIONS
+    experts: ClassVar[bool] = True
 
     def check(self, config: ModelConfig) -> None:
         check_sparsity(self.sparsity, f"{self.name}: sparsity")
         check_choice(f"{self.name}: select", self.select, SELECTORS)
         check_input_sites(config, self.sites, f"{self.name}: sites")
+        site = next(iter(expert_sites(config)), "")
+        check(not site or self.allocator.experts, f"{self.name}: allocator", self.allocator, f"does not reach experts ({site})")
 
     def apply(self, model: Model, work: Work) -> Model:
         if self.sparsity == 0:
@@ -101,10 +106,10 @@ def check_input_sites(config: ModelConfig, glob: str, flag: str) -> None:
     """Refuse sites at whose inputs nothing can be measured.
 
     Raises:
-      ConfigError: the glob names no site, or one that is no attention or dense feed-forward map of a block.
+      ConfigError: the glob names no site, or one that is no attention or feed-forward map of a block.
     """
     check(config.kind == "decoder", "--model", config.kind, "expected a decoder")
-    maps = {name for names in INPUTS.values() for name in names}
+    maps = {name for names in (INPUTS | EXPERT_INPUTS).values() for name in names}
     wrong = [site for site in sites_of(config, "inputs", glob, flag)
              if not site.startswith("blocks.") or site.split(".", 2)[2] not in maps]
     check(not wrong, flag, glob, f"names {', '.join(wrong[:3])}; allowed are the maps {', '.join(sorted(maps))} of blocks")

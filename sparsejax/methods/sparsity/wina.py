@@ -41,11 +41,12 @@ class Wina(Teal):
         check_choice("wina: weights", self.weights, WEIGHTS)
 
     def scales(self, model: Model, sites: Sequence[str]) -> dict[str, np.ndarray]:
-        chosen = [site for site in sites if self.weights == "all" or site.endswith((".attn.k", ".mlp.gate"))]
+        chosen = [site for site in sites if self.weights == "all" or site.endswith((".attn.k", ".gate"))]
         return {site: channel_norms(model, site) for site in chosen}
 
 
 def channel_norms(model: Model, site: str) -> np.ndarray:
-    """c_j: the norm of row j of a site's kernel, float32[in]."""
+    """c_j: the norm of row j of a site's kernel, float32[in]; of experts, which share it, the root of the mean square."""
     kernel = np.asarray(dense(model.parameter(f"{site}.kernel")), np.float64)
-    return np.linalg.norm(kernel, axis=1).astype(np.float32)
+    squares = np.sum(kernel**2, axis=-1)
+    return np.sqrt(squares.mean(axis=0) if squares.ndim == 2 else squares).astype(np.float32)

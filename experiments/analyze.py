@@ -8,7 +8,7 @@ Counted on each text (those of experiments.evaluate), at the operand of every li
 zeros by layer and token position, dead units, overlap of neighbouring tokens, the union over a batch, occupied blocks, coverage
 of the most active units; and the activation codes. PPL-p% (--ppl, "none" to leave it out) is the sparsity at which the
 perplexity has risen by p per cent: all layers truncated at one CETT (cett), by top-k (topk), by a threshold on the gate (fat).
-With --out there are plots and a JSON in the folder, and what was computed is not computed again.
+With --out there are index.html, plots and a JSON in the folder, and what was computed is not computed again.
 --runs fits the Sparsing Law to the zeros that training runs have logged, or, with --data, to PPL-p% at their checkpoints.
 """
 
@@ -62,7 +62,8 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
         check_choice("--data", name, TEXTS)
         texts.append(open_text(name, argument, directories))
     out = Path(flags.out) if flags.out else None
-    found = _runs(flags, plan, texts, directories, out) if flags.runs else _model(flags, plan, texts, directories, out)
+    measure = _runs if flags.runs else _model
+    found = measure(flags, plan, texts, directories, out, call.command)
     result = {"model": flags.model, "runs": _names(flags.runs), "dtype": flags.dtype, "command": call.command, **found}
     if out:
         entry.write_json(out / "analysis.json", result)
@@ -93,24 +94,25 @@ def _plan(flags: Flags) -> analysis.Plan:
 
 
 def _model(
-    flags: Flags, plan: analysis.Plan, texts: list[EvaluationText], directories: Sequence[Path], out: Path | None
+    flags: Flags, plan: analysis.Plan, texts: list[EvaluationText], directories: Sequence[Path], out: Path | None, command: str
 ) -> dict[str, Any]:
-    from sparsejax.compress import analysis_plots, analysis_table
+    from sparsejax.compress import analysis_html, analysis_plots, analysis_table
     from sparsejax.compress.analysis import analyze
     from sparsejax.io.load import load
 
     found = analyze(load(flags.model, dtype=flags.dtype), texts, plan, directories, folder=out)
     print("\n\n\n".join(map(analysis_table.describe, found)))
-    for path in analysis_plots.write(found, out / "plots") if out else ():
-        print(path)
+    if out:
+        pictures = analysis_plots.write(found, out / "plots")
+        print("", *pictures, analysis_html.write(out / "index.html", flags.model, found, {}, pictures, command), sep="\n")
     return {"results": found}
 
 
 def _runs(
-    flags: Flags, plan: analysis.Plan, texts: list[EvaluationText], directories: Sequence[Path], out: Path | None
+    flags: Flags, plan: analysis.Plan, texts: list[EvaluationText], directories: Sequence[Path], out: Path | None, command: str
 ) -> dict[str, Any]:
     """Laws of the runs' logs, or of PPL-p% (the first p and truncation) on the first text at their checkpoints."""
-    from sparsejax.compress import analysis_plots, analysis_table
+    from sparsejax.compress import analysis_html, analysis_plots, analysis_table
     from sparsejax.compress.analysis import activation_ratio
     from sparsejax.compress.run_laws import checkpoint_ratios, fit_runs, logged_ratios
 
@@ -128,7 +130,9 @@ def _runs(
     if line is not None:
         print(f"width / depth: slope {line.slope:+.3g} (90 % {line.low:+.3g} to {line.high:+.3g}), at 0 {line.intercept:.4f}")
     if out:
-        print(analysis_plots.write_laws(fits, out / "plots"))
+        picture = analysis_plots.write_laws(fits, out / "plots")
+        page = analysis_html.write(out / "index.html", "Sparsing Law of runs", [], fits, [picture], command)
+        print(picture, page, sep="\n")
     return {"laws": fits, "width_depth": line}
 
 

@@ -66,6 +66,8 @@ def test_a_text_is_counted_and_searched_and_a_second_call_computes_nothing(folde
     pictures = {path.name for path in (out / "plots").iterdir()}
     names = ("sites", "positions", "union", "blocks", "coverage", "ppl", "ppl-layers")
     assert pictures == {f"text-text-txt-{name}.png" for name in names}
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png") == len(names) and "PPL-10 %" in page and "--union=1,2" in page
     assert json.loads((out / "analysis.json").read_text())["results"][0]["sha256"] == result["sha256"]
 
     monkeypatch.setattr("sparsejax.evaluate.sparsity.ActivityCounter.count", None)
@@ -106,6 +108,7 @@ def test_laws_are_fitted_to_the_zeros_that_runs_have_logged(folder, capsys):
     fit = found["laws"][str(runs[0])]
     assert fit["law"] == "decreasing" and fit["residual"] < 1e-3 and fit["tokens"][0] == 80_000
     assert found["width_depth"]["slope"] == pytest.approx(1e-4 * ExperimentConfig().model.num_layers, rel=1e-3)
+    assert "decreasing law" in (folder / "laws/index.html").read_text()
     assert (folder / "laws/plots/law.png").exists() and "width / depth" in capsys.readouterr().out
 
 

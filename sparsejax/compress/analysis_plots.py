@@ -30,11 +30,15 @@ def write(analyses: Sequence[Analysis], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for one in analyses:
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", one.data).strip("-")
         for name, figure in figures(one).items():
-            paths.append(folder / f"{slug}-{name}.png")
+            paths.append(folder / f"{slug(one.data)}-{name}.png")
             figure.savefig(paths[-1])
     return paths
+
+
+def slug(data: str) -> str:
+    """What the pictures of a text are named by."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", data).strip("-")
 
 
 def figures(analysis: Analysis) -> dict[str, Figure]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,23 +17,44 @@ from sparsejax.evaluate.sparsity import COVERAGE, Activity, SiteActivity
 HOT = 0.2  # share of units whose coverage is printed
 
 
+class Table(NamedTuple):
+    """Cells by row, the heads first; `note`: what stands below."""
+
+    title: str
+    rows: list[list[str]]
+    note: str = ""
+
+
 def describe(analysis: Analysis) -> str:
     """All that was measured on one text."""
-    scope = analysis.scope + (f", first {analysis.keep_first} dense" if analysis.keep_first else "")
-    heading = (
-        f"{analysis.data}: {analysis.windows:,} of {analysis.windows_total:,} windows of {analysis.window:,} tokens, "
-        f"scope {scope}, {analysis.activity.tokens:,} tokens counted"
-    )
-    parts = [heading, _activity(analysis.activity)]
-    if analysis.searches:
-        parts.append(_searches(list(analysis.searches.values())))
-        cett = analysis.searches.get("cett")
-        if cett:
-            percent = cett.results[0].percent
-            parts.append(f"Under CETT at PPL-{percent:g} %:\n{_activity(cett.results[0].activity, ('mlp.down',))}")
+    parts = [heading(analysis)]
+    for table in tables(analysis):
+        text = f"{table.title}:\n{aligned(table.rows)}"
+        parts.append(f"{text}\n\n{table.note}" if table.note else text)
     if analysis.not_run:
         parts.append(f"PPL-p%: not run: {analysis.not_run}")
     return "\n\n".join(parts)
+
+
+def heading(analysis: Analysis) -> str:
+    """One line: the text and how much of it was counted."""
+    scope = analysis.scope + (f", first {analysis.keep_first} dense" if analysis.keep_first else "")
+    return (
+        f"{analysis.data}: {analysis.windows:,} of {analysis.windows_total:,} windows of {analysis.window:,} tokens, "
+        f"scope {scope}, {analysis.activity.tokens:,} tokens counted"
+    )
+
+
+def tables(analysis: Analysis) -> list[Table]:
+    """What was measured on one text: zeros as the model is, PPL-p%, and the hidden vector under CETT at the first p."""
+    found = [Table("Zeros as the model is", _activity(analysis.activity), _codes(analysis.activity))]
+    if analysis.searches:
+        found.append(_searches(list(analysis.searches.values())))
+        cett = analysis.searches.get("cett")
+        if cett:
+            first = cett.results[0]
+            found.append(Table(f"Under CETT at PPL-{first.percent:g} %", _activity(first.activity, ("mlp.down",))))
+    return found
 
 
 def describe_law(name: str, fit: LawFit) -> str:
@@ -44,19 +66,22 @@ def describe_law(name: str, fit: LawFit) -> str:
     )
 
 
-def _activity(activity: Activity, only: Sequence[str] = ()) -> str:
+def _activity(activity: Activity, only: Sequence[str] = ()) -> list[list[str]]:
     sites = {name: site for name, site in activity.sites.items() if not only or name in only}
     first = next(iter(sites.values()))
     unions, blocks = list(first.union or {}), list(first.occupancy or {})
     heads = ["site", "width", "zeros, %", "by layer", "dead units", "overlap", *(f"read at {size}" for size in unions)]
     heads += [f"blocks of {size}" for size in blocks] + [f"cov({HOT:g})"]
-    text = aligned([heads, *(_row(name, site, unions, blocks) for name, site in sites.items())])
+    return [heads, *(_row(name, site, unions, blocks) for name, site in sites.items())]
+
+
+def _codes(activity: Activity) -> str:
     codes = activity.codes
-    if codes is None or only:
-        return text
+    if codes is None:
+        return ""
     distinct = f"{int(codes.distinct.min()):,} to {int(codes.distinct.max()):,}"
-    return text + (
-        f"\n\ncodes of {codes.tokens:,} tokens: {distinct} distinct by layer, "
+    return (
+        f"codes of {codes.tokens:,} tokens: {distinct} distinct by layer, "
         f"{codes.distinct_all_layers:,} over all layers; redundancy {codes.redundancy.mean():.4f}; Hamming distance "
         f"{codes.hamming_neighbours.mean():.1f} bits of neighbours, {codes.hamming_random.mean():.1f} of random pairs"
     )
@@ -82,7 +107,7 @@ def _mean(values: np.ndarray | None) -> str:
     return "-" if values is None or np.isnan(values).all() else f"{np.nanmean(values):.3f}"
 
 
-def _searches(searches: Sequence[Search]) -> str:
+def _searches(searches: Sequence[Search]) -> Table:
     heads = ["PPL-p%", "p", "sparsity, %", "low to high", "by layer", "loss rise", "target", "perplexity", "x"]
     rows = [heads]
     for search in searches:
@@ -99,4 +124,4 @@ def _searches(searches: Sequence[Search]) -> str:
     dense = f"dense perplexity {math.exp(searches[0].dense_loss):.3f}; points evaluated: {points}"
     falls = [search.cett_decreases for search in searches if search.cett_decreases is not None]
     monotone = f"; CETT fell along {falls[0]} steps of its grids" if falls else ""
-    return f"{aligned(rows)}\n{dense}{monotone}"
+    return Table("Sparsity of the hidden vector at a rise of the perplexity", rows, dense + monotone)

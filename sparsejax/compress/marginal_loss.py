@@ -8,8 +8,9 @@ is what one more parameter dropped at site i costs, with all other sites as spar
 exchange between two sites gains. A share has a gradient through its threshold t_i(s_i): the step score > t passes the gradient
 of a ramp of width +- `RAMP` t around it, so that each entry near the threshold counts with x_j dL/dx_j, its effect on the loss.
 
-lambda is noisy and grows steeply with s: it is taken to be a_i s^p, a_i is averaged over rounds and over neighbouring layers,
-and the next plan has a_i s_i^p equal everywhere. p = 3.5 is what SmolLM2 shows (gate and up: x 7.9 from a share of .3 to .5).
+lambda is noisy and grows steeply with s: it is taken to be a_i s^p, a_i is fitted to all rounds by least squares and averaged
+over neighbouring layers, and the next plan goes towards a_i s_i^p equal everywhere, odds by no more than a factor `STRIDE`.
+p = 3.5 is what SmolLM2 shows (gate and up: the loss rises 7.9-fold from a share of .3 to .5).
 Block-wise searches (TEAL) know neither the layers behind a block nor that blocks differ; curves of one site at a time
 (`EqualMarginal`) do not see what the other sites drop.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,9 @@ KNOTS = np.linspace(0, 0.98, 50)  # shares at which thresholds are known; straig
 LEAST, MOST = 0.02, 0.95  # of a site: beyond, a share has hardly a gradient
 RAMP = 0.3  # of the threshold
 LOGITS_TOGETHER = 64  # tokens
-FLOOR = 0.15  # of the median cost: what a site costs at least, where noise says less or nothing
+STRIDE = 2.0  # of a site's odds in one round
+WINDOW = np.array([1, 2, 3, 2, 1])  # weights of neighbouring layers
+FLOOR = 0.3  # of the mean over the layers of a kind of map: what a site costs at least, where noise says less or nothing
 
 Shares = dict[str, Array]  # by the path of a stack of them
 
@@ -85,6 +88,7 @@ class MarginalLoss(Allocator):
 
     rounds: int = 4
     power: float = 3.5
+    experts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check(self.rounds >= 1, "MarginalLoss: rounds", self.rounds, "must be at least 1")
@@ -94,7 +98,8 @@ class MarginalLoss(Allocator):
         sites, sizes, key = problem.sites, problem.sizes, self.key(problem)
         check_reachable(sizes, dict.fromkeys(sites, MOST), target)
         size = np.array([sizes[site] for site in sites], np.float64)
-        shares, costs, losses = np.full(len(sites), np.clip(target, LEAST, MOST)), np.zeros(len(sites)), []
+        shares, losses = np.full(len(sites), np.clip(target, LEAST, MOST)), []
+        seen, powers = np.zeros(len(sites)), np.zeros(len(sites))
         slopes = functools.cache(lambda: Slopes(problem))
         parts = [part for part in np.array_split(problem.work.calibration.tokens, self.rounds) if len(part)]
         with problem.work.progress("marginal losses", sum(map(len, parts))) as advance:
@@ -102,9 +107,10 @@ class MarginalLoss(Allocator):
                 measure = functools.partial(self._measure, slopes, shares, rows, advance)
                 found = problem.work.piece(f"marginal-{key}-{target:g}-{number}", measure)
                 losses.append(float(found["loss"]))
-                costs += (found["slopes"] / size / shares**self.power - costs) / (number + 1)
-                wanted = smoothed(sites, costs) ** (-1 / self.power)
-                shares = at_target(np.sqrt(shares * wanted / np.exp(np.mean(np.log(wanted)))), size, target)
+                seen, powers = seen + found["slopes"] / size * shares**self.power, powers + shares ** (2 * self.power)
+                wanted = smoothed(sites, seen / powers) ** (-1 / self.power)
+                wanted = at_target(wanted / wanted.mean() * target, size, target)
+                shares = at_target(within_stride(shares, wanted), size, target)
         problem.work.note("marginal_loss", kl_by_round=[round(loss, 4) for loss in losses])
         return dict(zip(sites, map(float, shares), strict=True))
 
@@ -137,18 +143,27 @@ def at_target(shares: np.ndarray, sizes: np.ndarray, target: float) -> np.ndarra
     return shifted(high)
 
 
+def within_stride(shares: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """`wanted` with odds at most `STRIDE` times, at least 1 / `STRIDE` of those of `shares`."""
+    odds = shares / (1 - shares)
+    found = np.clip(wanted / (1 - wanted), odds / STRIDE, odds * STRIDE)
+    return found / (1 + found)
+
+
 def smoothed(sites: Sequence[str], costs: np.ndarray) -> np.ndarray:
-    """a_i with noise taken off: weights 1/4, 1/2, 1/4 over the layers of one kind of map, first and last as they are (which
-    are known to differ), and at least `FLOOR` of the median and .2 of the kind's mean."""
+    """a_i with noise taken off: averaged over the neighbouring layers of one kind of map, where `WINDOW` weighs them, the first
+    and the last layer apart, which are known to differ; and at least `FLOOR` of the kind's mean."""
     found = np.empty_like(costs)
     kinds = [site.split(".", 2)[2] for site in sites]
-    floor = FLOOR * np.median(costs[costs > 0]) if (costs > 0).any() else 1.0
+    least = np.abs(costs).mean() * 1e-3 or 1.0
     for kind in set(kinds):
         rows = [number for number, one in enumerate(kinds) if one == kind]  # layers in rising order
         own = costs[rows]
-        mixed = own.copy()
-        mixed[1:-1] = own[:-2] / 4 + own[1:-1] / 2 + own[2:] / 4
-        found[rows] = np.maximum(mixed, max(floor, 0.2 * own.mean()))
+        mixed, inner = own.copy(), own[1:-1]
+        if len(inner):
+            totals, weights = (np.convolve(x, WINDOW, "full")[2:-2] for x in (inner, np.ones_like(inner)))
+            mixed[1:-1] = totals / weights
+        found[rows] = np.maximum(mixed, max(FLOOR * own.mean(), least))
     return found
 
 

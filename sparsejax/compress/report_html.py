@@ -36,6 +36,7 @@ def page(report: Mapping[str, Any], plots: list[dict[str, str]]) -> str:
     rows = report["rows"]
     return environment.from_string(_TEMPLATE).render(
         title=rows[1]["label"] if len(rows) == 2 else f"{len(rows) - 1} compressions",
+        style=STYLE,
         model=report["protocol"]["model"],
         tiles=_tiles(report) if len(rows) == 2 else [],
         tables=reports.tables(report),
@@ -85,14 +86,7 @@ def _run(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"label": row["label"], "command": row.get("command", ""), "facts": named, "notes": notes}
 
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }} - {{ model }}</title>
-<style>
-:root { --ink: #1b2733; --muted: #66727f; --rule: #e4e8ec; --accent: #1f5fa8; --paper: #f6f8fa; }
+STYLE = """:root { --ink: #1b2733; --muted: #66727f; --rule: #e4e8ec; --accent: #1f5fa8; --paper: #f6f8fa; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
        font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -129,6 +123,16 @@ details { margin-top: 12px; }
 summary { cursor: pointer; padding: 10px 16px; }
 details pre { border-top: 1px solid var(--rule); }
 @media (max-width: 760px) { .plots { grid-template-columns: 1fr; } main { padding: 24px 14px; } }
+"""
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }} - {{ model }}</title>
+<style>
+{{ style | safe }}
 </style>
 </head>
 <body>

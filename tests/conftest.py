@@ -1,6 +1,8 @@
 """Eight simulated CPU devices, strict rank promotion, deterministic hypothesis.
 
 Tests compile many tiny programs once each: XLA's optimizer is switched off, which takes two thirds off the suite's time.
+The tests of a file run in one process, where what they compile is there for all of them; the longest files come first, so that
+no process is left to work alone at the end.
 """
 
 import os
@@ -23,3 +25,11 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("ci")
+
+LONGEST_FIRST = ("test_run.py", "test_finetune.py", "test_moe.py", "test_everything.py", "test_cache.py", "test_step.py",
+                 "test_transformer.py", "test_sequence_sets.py", "test_multi_process.py", "test_session.py")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.claims import training_free
+from experiments.claims import tables, training_free
 from experiments.claims.bench import Bench, Rows, gap
 from experiments.claims.claim import Claim, Outcome, judge, select
 from experiments.claims.registry import CLAIMS
@@ -62,6 +62,53 @@ def test_shares_of_added_perplexity_and_ratios_come_from_the_rows():
     assert training_free.ratio_at_most(1.3, "a", "b")(bench).holds
     assert not training_free.ratio_at_most(1.1, "a", "b")(bench).holds
     assert training_free.alike("a", "b", 0.31)(bench).holds and not training_free.alike("a", "b", 0.29)(bench).holds
+
+
+TEXT = "stdlib:evaluation"
+
+
+def at(sparsity, loss, relative_bytes=None):
+    """A row that adds `loss` to every window of the dense model."""
+    found = row([value + loss for value in (2.0, 2.1, 2.2, 2.3)], sparsity=sparsity)
+    return Rows(found.dense, {**found.row, "bytes": {"relative": relative_bytes or 1 - 0.8 * sparsity}})
+
+
+def test_a_line_passes_through_its_rows_begins_dense_and_ends_at_the_last():
+    line = tables.Line.of([at(0.6, 1.0), at(0.4, 0.2)], "sparsity", TEXT)
+    for sparsity, loss in ((0.0, 0.0), (0.4, 0.2), (0.6, 1.0), (0.2, 0.1), (0.5, 0.6)):
+        assert line(sparsity) == pytest.approx([value + loss for value in (2.0, 2.1, 2.2, 2.3)])
+    assert line(0.61) is None
+
+
+def lines(ours, theirs):
+    """Rows of our method, and the same of every published one."""
+    levels = (*tables.LEVELS, 0.7)
+    found = {f"ours:{level}": at(level, loss) for level, loss in zip(levels, ours, strict=True)}
+    return found | {one.format(level): at(level, loss, theirs[3:] and theirs[3])
+                    for one in tables.PUBLISHED for level, loss in zip(tables.LEVELS, theirs[:3], strict=True)}
+
+
+def test_a_method_dominates_only_where_it_is_below_everywhere():
+    judged = tables.dominates("ours:{}", "sparsity", "bytes")
+    assert judged(Recorded(**lines((0.1, 0.3, 1.0, 1.5), (0.15, 0.4, 1.1)))).holds
+    outcome = judged(Recorded(**lines((0.1, 0.3, 1.0, 1.5), (0.15, 0.4, 0.9))))
+    assert not outcome.holds and "topk:0.65, equal sparsity, stdlib:evaluation +0.100" in outcome.measured
+    assert outcome.measured.startswith("32 of 48 comparisons below")
+    heavy = judged(Recorded(**lines((0.1, 0.3, 1.0, 1.5), (0.05, 0.25, 0.9, 0.99))))  # better, and reads nearly everything
+    assert "equal bytes" not in heavy.measured and "equal sparsity" in heavy.measured
+
+
+def test_beyond_the_last_row_nothing_is_claimed():
+    rows = lines((0.1, 0.3, 1.0, 1.5), (0.15, 0.4, 1.1)) | {"topk:0.65": at(0.75, 9.0)}
+    outcome = tables.dominates("ours:{}", "sparsity")(Recorded(**rows))
+    assert not outcome.holds and "topk:0.65, equal sparsity, stdlib:evaluation out of reach" in outcome.measured
+
+
+def test_an_order_of_lines_names_what_breaks_it():
+    rows = {f"{name}:{level}": at(level, loss) for name, loss in (("a", 0.1), ("b", 0.2)) for level in (0.3, 0.5)}
+    assert tables.ordered(("a:{}", "b:{}"), (0.3, 0.5))(Recorded(**rows)).holds
+    outcome = tables.ordered(("b:{}", "a:{}"), (0.3,))(Recorded(**rows))
+    assert outcome.numbers["wrong"] == [f"b:0.3 - a:0.3 on {text} +0.100 +- 0.000" for text in Recorded().texts]
 
 
 def test_sparsity_zero_means_equal_losses():

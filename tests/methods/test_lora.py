@@ -67,8 +67,9 @@ def test_an_untrained_adapter_is_the_base_bit_for_bit(op):
 
 
 @settings(max_examples=6, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 99))
-def test_lora_and_dora_are_their_equations_in_float64(features, outputs, rank, seed):
+@given(st.sampled_from([(1, 1, 1), (9, 4, 3)]), st.integers(0, 99))  # each shape is compiled for
+def test_lora_and_dora_are_their_equations_in_float64(shape, seed):
+    features, outputs, rank = shape
     rng = np.random.default_rng(seed)
     w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((features, outputs), (3, features)))
     for spec in (Lora(rank, 3.0), Dora(rank, 3.0)):

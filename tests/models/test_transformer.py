@@ -43,10 +43,18 @@ def lm_batch(batch=2, length=LENGTH, seed=0):
     return {"tokens": jnp.asarray(tokens)}
 
 
+FORWARDS = {}
+
+
 def run(config, batch, seed=0, **context):
-    model = Transformer(config, jax.random.key(seed))
-    structure, values = nnx_compat.split(model)
-    return jax.jit(lambda v: nnx_compat.merge(structure, v)(batch, Context(**context)))(values)
+    """Logits and statistics; what has been compiled for a config serves again."""
+    key = repr((config, seed, context))
+    if key not in FORWARDS:
+        structure, values = nnx_compat.split(Transformer(config, jax.random.key(seed)))
+        forward = jax.jit(lambda values, batch: nnx_compat.merge(structure, values)(batch, Context(**context)))
+        FORWARDS[key] = values, forward
+    values, forward = FORWARDS[key]
+    return forward(values, batch)
 
 
 VARIANTS = {
@@ -87,20 +95,26 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_no_output_depends_on_a_later_token(name):
-    config = model_config(**VARIANTS[name])
-    structure, values = nnx_compat.split(Transformer(config, jax.random.key(0)))
-    batch, middle = lm_batch(), LENGTH // 2
+    structure, values = nnx_compat.split(Transformer(model_config(**VARIANTS[name]), jax.random.key(0)))
+    middle = LENGTH // 2
+    logits = jax.jit(lambda tokens: nnx_compat.merge(structure, values)({"tokens": tokens}, Context())[0])
+    first, second = (np.array(lm_batch(seed=seed)["tokens"]) for seed in (0, 1))
+    second[:, :middle] = first[:, :middle]
+    found, changed = (np.asarray(logits(tokens)) for tokens in (first, second))
+    assert np.all(np.isfinite(found))
+    np.testing.assert_array_equal(found[:, :middle], changed[:, :middle])
+    assert np.all(np.any(found[:, middle:] != changed[:, middle:], axis=-1))
+
+
+def test_no_gradient_reaches_a_later_token():
+    structure, values = nnx_compat.split(Transformer(model_config(), jax.random.key(0)))
+    middle = LENGTH // 2
+    tokens = jnp.tile(jnp.arange(LENGTH), (2, 1))  # rows of the table are positions
 
     def outputs(table):
-        """Logits of the first half as a function of what the later tokens are embedded as."""
-        changed = {**values, "embed": {**values["embed"], "table": table}}
-        model = nnx_compat.merge(structure, changed)
-        return model.features(batch, Context())[0][:, :middle].sum()
+        model = nnx_compat.merge(structure, {**values, "embed": {**values["embed"], "table": table}})
+        return model.features({"tokens": tokens}, Context())[0][:, :middle].sum()
 
-    tokens = np.concatenate([np.arange(middle), middle + np.arange(LENGTH - middle)])
-    batch = {
-        "tokens": jnp.asarray(np.stack([tokens, tokens]).astype(np.int32))
-    }  # rows of the table are positions
     gradient = np.asarray(jax.jit(jax.grad(outputs))(values["embed"]["table"]))
     assert np.all(gradient[middle:LENGTH] == 0)
     assert np.all(np.isfinite(gradient)) and np.any(gradient[:middle] != 0)
@@ -121,7 +135,10 @@ def test_scan_equals_unrolled_in_values_and_gradients(name):
         return value, gradients["embed"]["table"]
 
     scanned = loss_and_gradients(dataclasses.replace(config, unroll=1))
-    for other in (dataclasses.replace(config, unroll=2), dataclasses.replace(config, scan=False)):
+    others = [dataclasses.replace(config, scan=False)]
+    if name == "pre":  # three layers two by two: one is left over
+        others.append(dataclasses.replace(config, unroll=2))
+    for other in others:
         value, gradient = loss_and_gradients(other)
         np.testing.assert_allclose(value, scanned[0], rtol=1e-6)
         np.testing.assert_allclose(gradient, scanned[1], rtol=1e-4, atol=1e-7)
@@ -151,8 +168,7 @@ def test_a_rule_that_names_a_layer_splits_the_scan():
     assert zeros.shape == (4,) and zeros[2] >= 0.75 and zeros[[0, 1, 3]].max() < 0.75
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_lowers_temporary_memory_and_changes_nothing_else(remat):
+def test_remat_lowers_temporary_memory_and_changes_nothing_else():
     config = model_config(num_layers=8, d_model=64, ffn=FFNConfig(hidden=256, activation="gelu"), unroll=1)
     batch = lm_batch(8)
 
@@ -166,10 +182,11 @@ def test_remat_lowers_temporary_memory_and_changes_nothing_else(remat):
         return step.memory_analysis().temp_size_in_bytes, step(values)
 
     plain_bytes, (plain_loss, plain_gradients) = compiled(config)
-    remat_bytes, (remat_loss, remat_gradients) = compiled(dataclasses.replace(config, remat=remat))
-    assert remat_bytes < (0.6 if remat == "full" else 0.95) * plain_bytes
-    np.testing.assert_allclose(remat_loss, plain_loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), plain_gradients, remat_gradients)
+    for remat, most in (("full", 0.6), ("dots", 0.95)):
+        remat_bytes, (remat_loss, remat_gradients) = compiled(dataclasses.replace(config, remat=remat))
+        assert remat_bytes < most * plain_bytes, remat
+        np.testing.assert_allclose(remat_loss, plain_loss, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), plain_gradients, remat_gradients)
 
 
 def test_statistics_survive_scan_and_remat():
@@ -188,7 +205,7 @@ def test_a_write_to_a_variable_inside_a_block_raises(monkeypatch):
 
     monkeypatch.setattr(Block, "feed", writing)
     with pytest.raises(RuntimeError, match="written inside the model"):
-        run(model_config(), lm_batch())
+        run(model_config(), lm_batch(), seed=1)  # traced with the block that writes
 
 
 def test_an_array_outside_a_weight_is_named():
@@ -196,25 +213,6 @@ def test_an_array_outside_a_weight_is_named():
     model.norm.extra = jnp.ones(3)
     with pytest.raises(TypeError, match="norm.extra"):
         nnx_compat.split(model)
-
-
-def test_decoding_token_by_token_equals_the_whole_sequence():
-    for name in ("pre", "local and global, two thetas", "relative", "learned with offset"):
-        config = model_config(**VARIANTS[name])
-        structure, values = nnx_compat.split(Transformer(config, jax.random.key(0)))
-        tokens = lm_batch()["tokens"]
-        whole = run(config, {"tokens": tokens})[0]
-
-        @jax.jit
-        def step(values, tokens, positions, cache, structure=structure):
-            model = nnx_compat.merge(structure, values)
-            h, _, cache = model.features({"tokens": tokens, "positions": positions}, Context(mode="decode"), cache)
-            return model.logits(h), cache
-
-        cache = nnx_compat.merge(structure, values).empty_cache(2, LENGTH)
-        for t in range(LENGTH):
-            logits, cache = step(values, tokens[:, t : t + 1], jnp.full((2, 1), t, jnp.int32), cache)
-            np.testing.assert_allclose(logits[:, 0], whole[:, t], rtol=2e-4, atol=2e-5)
 
 
 def test_an_encoder_sees_both_ways_and_ignores_padding():

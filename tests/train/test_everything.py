@@ -1,11 +1,11 @@
 """configs/tiny_everything.py, every plug point in one model, made small: it trains, shards, resumes and exports."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import tiny_everything
 from sparsejax import nnx_compat
@@ -15,13 +15,15 @@ from sparsejax.context import Context
 from sparsejax.data.config import DataConfig
 from sparsejax.data.pipeline import build_data
 from sparsejax.models.config import AttentionConfig, FFNConfig
-from sparsejax.parallel import launch
 from sparsejax.parallel.config import MeshConfig
 from sparsejax.train.checkpoint import restore
 from sparsejax.train.config import CheckpointConfig, EvaluateConfig, LogConfig
-from sparsejax.train.run import train
+from sparsejax.train.loop import Trainer
+from sparsejax.train.metrics import read_metrics
 from sparsejax.train.setup import prepare
 from sparsejax.train.state import build
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 START, STEPS = 3, 6
 SHARDED = MeshConfig(data=2, fsdp=2, expert=2)
@@ -57,61 +59,70 @@ def small(mesh=MeshConfig(data=1), **changes):
     return finalize(dataclasses.replace(config, **{**base, **changes}))
 
 
-def losses(config, steps=STEPS):
+def trainer(config, folder, setup=None):
+    """A trainer in this process; with `setup`, of what is compiled already."""
     data = build_data(config.data, model_kind="decoder", batch_size=config.batch_size, seed=config.seed)
     config = finalize(config, vocab_size=data.vocab_size)
     sizes = [size for size in dataclasses.astuple(config.mesh)[:5]]
-    setup = prepare(config, data.batch_spec(), devices=jax.devices()[: int(np.prod(sizes))])
-    state, found = setup.init(), []
-    for step in range(steps):
-        batch = launch.global_batch(data.batch(step), setup.mesh, config.batch_size)
-        state, metrics = setup.train(setup.stage(step), False)(state, batch)
-        found.append(float(metrics["loss"]))
-    return setup, state, found
+    setup = setup or prepare(config, data.batch_spec(), devices=jax.devices()[: int(np.prod(sizes))])
+    folder.mkdir()
+    return Trainer(setup, data, folder)
 
 
-@functools.cache
-def on_one_device():
-    return losses(small())
+def run(folder, config=None, setup=None, resume="auto"):
+    """The trainer at the end of a run."""
+    made = trainer(config, folder, setup)
+    made.restore(made.choose(resume))
+    assert made.run()
+    return made
 
 
-def test_it_shards_as_one_device_trains():
-    _, _, alone = on_one_device()
-    _, _, sharded = losses(small(SHARDED))
-    np.testing.assert_allclose(sharded[: START + 1], alone[: START + 1], rtol=1e-5)
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one") / "run", small(checkpoint=CheckpointConfig(every=0)))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("sharded") / "run", small(SHARDED))
+
+
+def test_it_shards_as_one_device_trains(on_one_device, sharded):
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded.state.trainable))
+    alone, together = losses(on_one_device.folder), losses(sharded.folder)
+    assert len(alone) == STEPS
+    np.testing.assert_allclose(together[: START + 1], alone[: START + 1], rtol=1e-5)
     # Once activations are rounded to int8, a last-bit difference of a sum can move a code: the curves stay close, not equal.
-    np.testing.assert_allclose(sharded, alone, rtol=2e-3)
+    np.testing.assert_allclose(together, alone, rtol=2e-3)
 
 
-def test_it_compiles_one_step_per_stage():
-    setup, _, _ = on_one_device()
-    assert sorted(name for name in setup.compilations if name.startswith("train")) == ["train stage 0", f"train stage {START}"]
+def test_it_compiles_one_step_per_stage(on_one_device):
+    compilations = on_one_device.setup.compilations
+    assert sorted(name for name in compilations if name.startswith("train")) == ["train stage 0", f"train stage {START}"]
 
 
-def test_it_resumes_sharded_to_the_same_bits_on_both_sides_of_the_quantizers_start(tmp_path):
-    config = small(SHARDED)
-    train(config, out=tmp_path / "straight")
-    straight = load_last(tmp_path / "straight")
+def test_it_resumes_sharded_to_the_same_bits_on_both_sides_of_the_quantizers_start(sharded, tmp_path):
+    straight = arrays(sharded)
     for resumed_from in (2, 4):
-        again = tmp_path / f"again from {resumed_from}"
-        train(config, out=again, resume=str(tmp_path / "straight" / "checkpoints" / str(resumed_from)))
-        found = load_last(again)
+        saved = sharded.folder / "checkpoints" / str(resumed_from)
+        found = arrays(run(tmp_path / str(resumed_from), small(SHARDED), sharded.setup, resume=str(saved)))
         assert straight.keys() == found.keys() and len(straight) > 20
         for name, value in straight.items():
             np.testing.assert_array_equal(value, found[name], err_msg=name)
 
 
-def load_last(folder):
+def arrays(trained):
     """Every array of the last checkpoint by path."""
-    config = small(SHARDED)
-    data = build_data(config.data, model_kind="decoder", batch_size=config.batch_size, seed=config.seed)
-    setup = prepare(finalize(config, vocab_size=data.vocab_size), data.batch_spec())
-    state = restore(folder / "checkpoints" / str(STEPS), setup.abstract_state)
+    state = restore(trained.folder / "checkpoints" / str(STEPS), trained.setup.abstract_state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
-def test_its_export_serves_the_trained_bits():
-    setup, state, _ = on_one_device()
+def test_its_export_serves_the_trained_bits(on_one_device):
+    setup, state = on_one_device.setup, on_one_device.state
     exported = export(setup.structure, state.trainable, "float32")
     assert exported.bytes_after < 0.5 * exported.bytes_before
     batch = {"tokens": jnp.asarray(np.random.default_rng(0).integers(0, 100, (2, 16)), jnp.int32)}

@@ -1,7 +1,6 @@
 """The training step: accumulation, sharding, guard, optimizers, learning, all on tiny models."""
 
 import dataclasses
-import functools
 import inspect
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax import plugs
+from sparsejax import config_text, plugs
 from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.data.config import DataConfig
 from sparsejax.models.config import AttentionConfig, FFNConfig, ModelConfig
@@ -62,22 +61,26 @@ def batch(seed=0, ragged=True) -> dict[str, np.ndarray]:
 SPEC = {name: (array.shape, array.dtype) for name, array in batch().items()}
 
 
-def steps(config, count=1, watch=False, seeds=None, devices=None):
+SETUPS = {}
+
+
+def prepared(config):
+    """A setup on as many devices as its mesh has, made and compiled once for all tests."""
+    key = config_text.to_text(config)
+    if key not in SETUPS:
+        SETUPS[key] = prepare(config, SPEC, devices=jax.devices()[: np.prod(dataclasses.astuple(config.mesh)[:5])])
+    return SETUPS[key]
+
+
+def steps(config, count=1, watch=False, seeds=None):
     """(state after `count` steps, metrics of each step)."""
-    devices = devices or jax.devices()[: max(1, np.prod([abs(v) for v in dataclasses.astuple(config.mesh)[:5]]))]
-    setup = prepare(config, SPEC, devices=devices)
+    setup = prepared(config)
     state, found = setup.init(), []
     for i in range(count):
         placed = launch.global_batch(batch((seeds or range(count))[i]), setup.mesh, BATCH)
         state, metrics = setup.train(setup.stage(i), watch)(state, placed)
         found.append(jax.device_get(metrics))
     return state, found
-
-
-@functools.cache
-def one_device():
-    state, found = steps(experiment(), 2)
-    return jax.device_get(state.trainable), found
 
 
 def distance(a, b) -> float:
@@ -92,8 +95,7 @@ def gradients(config):
     """Gradients of one step, read off a plain SGD step of learning rate 1 without clipping."""
     optimizer = OptimizerConfig("sgd", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip_norm=0.0)
     config = dataclasses.replace(config, optimizer=optimizer)
-    devices = jax.devices()[: max(1, np.prod([abs(v) for v in dataclasses.astuple(config.mesh)[:5]]))]
-    setup = prepare(config, SPEC, devices=devices)
+    setup = prepared(config)
     before = jax.device_get(setup.init().trainable)
     state, metrics = setup.train(0, False)(setup.init(), launch.global_batch(batch(), setup.mesh, BATCH))
     after = jax.device_get(state.trainable)
@@ -174,7 +176,7 @@ def test_watched_zeros_do_not_count_padding():
 
 def test_skipping_leaves_everything_but_the_step_as_it_was():
     config = experiment(checkpoint=CheckpointConfig(on_nan="skip"))
-    setup = prepare(config, SPEC, devices=jax.devices()[:1])
+    setup = prepared(config)
     state = setup.init()
     poisoned = state._replace(trainable=jax.tree.map(lambda a: a * jnp.nan, state.trainable))
     before = jax.device_get(poisoned._replace(trainable=state.trainable))
@@ -185,7 +187,7 @@ def test_skipping_leaves_everything_but_the_step_as_it_was():
 
 def test_a_spike_is_bad_once_the_average_is_known():
     config = experiment(checkpoint=CheckpointConfig(on_nan="skip", spike_factor=1.5), steps=60)
-    setup = prepare(config, SPEC, devices=jax.devices()[:1])
+    setup = prepared(config)
     state = setup.init()
     step, placed = setup.train(0, False), launch.global_batch(batch(), setup.mesh, BATCH)
     for _ in range(30):
@@ -198,7 +200,7 @@ def test_a_spike_is_bad_once_the_average_is_known():
 def test_the_average_of_the_weights_follows_them():
     decay = 0.9
     config = experiment(optimizer=OptimizerConfig(ema_decay=decay, schedule="constant"))
-    setup = prepare(config, SPEC, devices=jax.devices()[:1])
+    setup = prepared(config)
     state = setup.init()
     expected = jax.device_get(state.average)
     for i in range(3):
@@ -321,7 +323,7 @@ def test_unusable_optimizers_are_named(config, message):
 
 
 def test_a_constant_batch_is_learned():
-    _, found = steps(experiment(steps=40), 40, seeds=[0] * 40)
+    _, found = steps(experiment(), 40, seeds=[0] * 40)
     assert found[-1]["loss"] < 0.3 * found[0]["loss"]
 
 

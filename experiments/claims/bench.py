@@ -30,7 +30,7 @@ from sparsejax.train.final import HELD_OUT
 
 SMOLLM2 = "smollm2-135m"
 # Recipes whose passes keep pieces that serve every sparsity: quantiles, bases, states of a greedy search.
-LEVELS_SHARE = ("teal", "wina", "larosa", "isocline")
+LEVELS_SHARE = ("teal", "wina", "larosa", "isocline", "isocline_rotated")
 # Of models trained here, whose positions end at 128: windows that are evaluated, and that passes are fitted to.
 RUN_WINDOW, RUN_WINDOWS, RUN_CALIBRATION = 128, 128, 512
 

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments.claims import tables, training_free
+from experiments.claims.__main__ import page
 from experiments.claims.bench import Bench, Rows, gap
 from experiments.claims.claim import Claim, Outcome, judge, select
 from experiments.claims.registry import CLAIMS
@@ -130,6 +131,14 @@ def test_a_verdict_is_computed_and_an_error_ends_one_claim_alone():
     broken = judge(claim(lambda _: 1 / 0), bench)
     assert broken["verdict"] == "not run" and "ZeroDivisionError" in broken["measured"]
     assert judge(claim(refused), bench)["measured"] == "--model = 'x': is not there"
+
+
+def test_the_page_has_every_record_under_its_verdict():
+    record = {"claim": "|h| counts", "expected": "less", "measured": "1 < 2", "paper": "P"}
+    text = page([{**record, "name": "b", "verdict": "fails"}, {**record, "name": "a", "verdict": "holds"}], "the command")
+    order = ["`the command`", "## Holds: 1", "**a**", "## Fails: 1", "**b**"]
+    assert sorted(order, key=text.index) == order
+    assert "\\|h\\| counts" in text and "Not run" not in text
 
 
 def test_what_is_not_there_is_named(monkeypatch):

@@ -13,16 +13,12 @@ Sparsity acts at all tokens unless --scope=from:FRACTION or decode, and --keep-f
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments import entry
 from sparsejax.plugs import check, check_choice
-
-PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
 
 
 @dataclass
@@ -83,28 +79,8 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
         data=(*flags.data, *flags.tasks), tier=flags.tier, calibration=CalibrationSpec(flags.calibration, *counted),
         scope=Scope(flags.scope, flags.keep_first), window=flags.window, limit=flags.limit, batch=flags.batch,
         dtype=flags.dtype, data_dir=flags.data_dir, baseline=flags.baseline, allow_overlap=flags.allow_overlap,
-        resume=flags.resume, decode_tokens=flags.decode_tokens, executor=flags.executor, about=_about(call.command),
+        resume=flags.resume, decode_tokens=flags.decode_tokens, executor=flags.executor, about=entry.about(call.command),
     ))  # fmt: skip
-
-
-def _about(command: str) -> dict[str, Any]:
-    import jax
-
-    device = jax.devices()[0]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
-    return {
-        "command": command,
-        "device": f"{device.platform}: {device.device_kind}",
-        "versions": versions | {"python": platform.python_version()},
-    }
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ import ast
 import copy
 import dataclasses
 import difflib
+import importlib.metadata
 import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import sys
@@ -45,6 +47,8 @@ from ml_collections.config_flags import tuple_parser
 from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.config_text import check_path, from_json
 from sparsejax.plugs import ConfigError, check, nearest, parse_int
+
+PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "numpy", "tokenizers")  # whose versions reports name
 
 
 @dataclasses.dataclass
@@ -286,9 +290,30 @@ def _underscored(argument: str, values: absl_flags.FlagValues) -> str:
     return f"{match[1]}{name}{match[3]}" if match and name in values else argument
 
 
+def about(command: str) -> dict[str, Any]:
+    """What reports say of how they came about: the command, the device and the versions of what is installed."""
+    import jax
+
+    device = jax.devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    return {
+        "command": command,
+        "device": f"{device.platform}: {device.device_kind}",
+        "versions": versions | {"python": platform.python_version()},
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _command(argv: Sequence[str]) -> str:
     module = getattr(sys.modules["__main__"].__spec__, "name", None)
-    return shlex.join(["python", *(["-m", module] if module else [argv[0]]), *argv[1:]])
+    return shlex.join(["python", *(["-m", module.removesuffix(".__main__")] if module else [argv[0]]), *argv[1:]])
 
 
 def _own_value(values: absl_flags.FlagValues, name: str) -> Any:

@@ -42,7 +42,7 @@ def main(call: entry.Call[Flags]) -> Any:
         print("\n".join(f"{claim.name:<28} {claim.minutes:5.1f} min  {claim.paper}" for claim in chosen))
         return [{"name": claim.name, "paper": claim.paper, "minutes": claim.minutes} for claim in chosen]
     share_compilations(Path(flags.out))
-    bench = Bench(Path(flags.out), "full" if flags.full else "quick", call.command)
+    bench = Bench(Path(flags.out), "full" if flags.full else "quick")
     records = []
     for number, claim in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {claim.name} (about {claim.minutes:g} minutes): {claim.claim}", flush=True)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -42,12 +43,10 @@ class Bench:
     Fields:
       folder: keeps what was computed; another run goes on from it.
       tier: of compressions, see `compress.recipe.TIERS`.
-      command: for the record.
     """
 
     folder: Path
     tier: str = "quick"
-    command: str = ""
     _dense: dict[tuple[str, str], Path] = field(default_factory=dict)
 
     @property
@@ -88,8 +87,8 @@ class Bench:
             baseline=str(self._dense.get((model, scope), "")),
             pieces=self.folder / "pieces" if not run and name in LEVELS_SHARE else None,
             decode_tokens=0,
-            about={"command": self.command},
         )
+        request = dataclasses.replace(request, about=entry.about(_command(request)))
         with _quietly(out.with_name(f"{out.name}.log")) if run else contextlib.nullcontext():
             dense, row = compress(request)["rows"]
         self._dense.setdefault((model, scope), out)
@@ -241,6 +240,16 @@ class Rows:
 def gap(ours: Rows, theirs: Rows, text: str) -> Difference:
     """Loss of ours minus theirs in nats, on the same windows, with its standard error."""
     return paired_difference(ours.losses(text), theirs.losses(text))
+
+
+def _command(request: Request) -> str:
+    """What computes one of the bench's compressions alone."""
+    given = {"model": request.model, "recipe": request.recipe, "calibration": request.calibration.source, "tier": request.tier,
+             "scope": request.scope.tokens, "calibration-sequences": request.calibration.sequences, "window": request.window,
+             "calibration-length": request.calibration.length, "limit": request.limit}
+    flags = [f"--{name}={value}" for name, value in given.items() if value]
+    flags += [f"--data={text}" for text in request.data]
+    return shlex.join(["python", "-m", "experiments.compress", *flags, "--decode-tokens=0", f"--out={request.out}"])
 
 
 @contextlib.contextmanager

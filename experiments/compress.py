@@ -67,8 +67,8 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
 
     check_choice("--tier", flags.tier, TIERS)
     check_choice("--executor", flags.executor, EXECUTORS)
-    for source in flags.calibration.split(","):
-        check_choice("--calibration", source.strip().partition(":")[0], TEXTS)
+    for source in CalibrationSpec(flags.calibration).texts:
+        check_choice("--calibration", source.partition(":")[0], TEXTS)
     passes = entry.from_file("--recipe", flags.recipe, "get_recipe")
     good = isinstance(passes, list | tuple) and passes and all(isinstance(one, Pass) for one in passes)
     check(good, "--recipe", flags.recipe, "get_recipe must return a list of passes")

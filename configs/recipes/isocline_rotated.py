@@ -6,11 +6,10 @@ The argument is the model sparsity. La RoSA's basis under Isocline's thresholds 
 where much is dropped; at equal bytes per token its maps (15 % of SmolLM2) cost more than they bring.
 """
 
-from sparsejax.compress.marginal_loss import MarginalLoss
 from sparsejax.compress.recipe import Pass
 from sparsejax.methods.sparsity.rotate import Rotate
-from sparsejax.methods.sparsity.wina import Wina
+from sparsejax.plugs import resolve
 
 
 def get_recipe(arg: str = "") -> list[Pass]:
-    return [Rotate("pca"), Wina(float(arg or "0.5"), select="threshold", allocator=MarginalLoss())]
+    return [Rotate("pca"), resolve("pass", f"isocline:{arg}", "recipe")]

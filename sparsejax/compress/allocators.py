@@ -101,7 +101,7 @@ def sizes_by_layer(sizes: Sizes) -> dict[int, dict[str, int]]:
 def allocation_tokens(work: Work) -> np.ndarray:
     """int32[B, T]: the calibration's first tokens, as many as the tier gives allocation, of every text it was drawn from."""
     tokens, most = work.calibration.tokens, work.tier.allocation_tokens
-    rows = max(work.calibration.spec.texts, most // tokens.shape[1])
+    rows = max(len(work.calibration.spec.texts), most // tokens.shape[1])
     return tokens[:rows, : most // rows]
 
 
@@ -109,6 +109,11 @@ class Allocator(abc.ABC):
     """How a budget is shared, see the module; `experts`: whether also between the maps of experts."""
 
     experts: ClassVar[bool] = True
+
+    @property
+    def most(self) -> float:
+        """The largest share that a site can get."""
+        return MOST
 
     @abc.abstractmethod
     def __call__(self, problem: Problem, target: float) -> Plan:
@@ -260,6 +265,10 @@ class EqualMarginal(Allocator):
         rising = all(a < b for a, b in zip((0.0, *self.grid), self.grid, strict=False)) and self.grid
         check(rising and self.grid[-1] <= 1, "EqualMarginal: grid", self.grid, "must rise within (0, 1]")
         check_choice("EqualMarginal: within", self.within, ("model", "block"))
+
+    @property
+    def most(self) -> float:
+        return self.grid[-1]
 
     def __call__(self, problem: Problem, target: float) -> Plan:
         curves = self.curves(problem)

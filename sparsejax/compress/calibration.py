@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparsejax.data.tokenizers import Tokenizer
-from sparsejax.evaluate.texts import open_text
+from sparsejax.evaluate.texts import TEXTS, open_text
 from sparsejax.plugs import ConfigError, check
 
 SHINGLE = 64
@@ -39,9 +40,9 @@ class CalibrationSpec:
     skip_first: int = 0
 
     @property
-    def texts(self) -> int:
-        """How many."""
-        return len(self.source.split(","))
+    def texts(self) -> list[str]:
+        """Each text; a comma that no name of a text follows belongs to a path."""
+        return re.split(rf", *(?=(?:{'|'.join(TEXTS)})(?::|,|$))", self.source)
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def calibrate(spec: CalibrationSpec, tokenizer: Tokenizer, directories: Sequence
     for name in ("sequences", "length"):
         check(getattr(spec, name) >= 1, f"calibration.{name}", getattr(spec, name), "must be at least 1")
     check(0 <= spec.skip_first < spec.length, "calibration.skip_first", spec.skip_first, f"must be 0 to {spec.length - 1}")
-    names = spec.source.split(",")
-    check(spec.sequences >= spec.texts, "calibration.sequences", spec.sequences, f"must be at least the {spec.texts} texts")
+    names = spec.texts
+    check(spec.sequences >= len(names), "calibration.sequences", spec.sequences, f"must be at least the {len(names)} texts")
     parts, hashes = [], []
     for number, name in enumerate(names):
         windows, text_sha256 = _windows(name, len(range(number, spec.sequences, len(names))), spec, tokenizer, directories)
@@ -91,7 +92,7 @@ def _windows(
     source: str, count: int, spec: CalibrationSpec, tokenizer: Tokenizer, directories: Sequence[Path]
 ) -> tuple[np.ndarray, str]:
     """(int32[count, length] of one text, its hash)."""
-    name, _, argument = source.strip().partition(":")
+    name, _, argument = source.partition(":")
     text = open_text(name, argument, directories)
     ids = np.asarray(tokenizer.encode(text.text), np.int32)
     whole = len(ids) // spec.length

@@ -1,8 +1,8 @@
 """The folder of a compression while it is under way and when it is done.
 
-    DIR/work/KEY/   finished pieces; KEY is a hash of model, recipe and calibration, so that a change of these reuses nothing
-    DIR/work/done/  the result while it is written
-    DIR             the result: complete when it has `model.json`, which is moved there last; `work` is then removed
+    work/KEY/   in DIR: finished pieces; KEY is a hash of model, recipe and calibration, so a change of these reuses nothing
+    work/done/  in DIR: the result while it is written
+    DIR         the result: complete when it has `model.json`, which is moved there last; `work` is then removed
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Nonlinearity(abc.ABC):
 
     def gate_out(self, params: Params, g: Array) -> Array:
         """That a [..., F]; only where `has_gate_out`."""
-        raise NotImplementedError(type(self).__name__)
+        raise TypeError(f"{type(self).__name__}: its hidden vector is no product with a function of the gate alone")
 
     @abc.abstractmethod
     def __call__(self, params: Params, z: Array, u: Any = None) -> Array:

@@ -58,7 +58,10 @@ def test_several_texts_take_turns(tmp_path):
     both = drawn(source=f"{a},{b}", sequences=5)
     np.testing.assert_array_equal(both.tokens[0::2], drawn(source=a, sequences=3).tokens)
     np.testing.assert_array_equal(both.tokens[1::2], drawn(source=b, sequences=2).tokens)
-    assert both.spec.texts == 2 and both.text_sha256.count(",") == 1
+    assert both.spec.texts == [a, b] and both.text_sha256.count(",") == 1
+    comma = tmp_path / "a, b"
+    comma.write_text((tmp_path / "a").read_text())
+    np.testing.assert_array_equal(drawn(source=f"text:{comma}", sequences=3).tokens, drawn(source=a, sequences=3).tokens)
     with pytest.raises(ConfigError, match=r"calibration\.sequences = 1: must be at least the 2 texts"):
         drawn(source=f"{a},{b}", sequences=1)
 

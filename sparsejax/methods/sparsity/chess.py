@@ -63,7 +63,3 @@ class Chess(GatePass):
 
     def attention_sites(self) -> tuple[str, ...]:
         return ("attn.q", "attn.o") if self.attention else ()
-
-    def attention_threshold(self, x: np.ndarray) -> float:
-        """The sparsity-quantile of |x|."""
-        return Quantiles(np.abs(x))(self.sparsity)

@@ -12,6 +12,7 @@ they are by L1. A token that passes several experts counts the sum of its terms.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 
 import jax
@@ -42,14 +43,15 @@ def hoyer_density(a: Float[Array, "... F"]) -> Float[Array, ...]:
     return jnp.where(energy > 0, jnp.square(total) / (a.shape[-1] * jnp.where(energy > 0, energy, 1.0)), 0.0)
 
 
-class _RowTerm:
+class _RowTerm(abc.ABC):
     """weight * mean over layers and tokens of what `row` gives of each token's hidden vector."""
 
     weight: float
     site: str
 
+    @abc.abstractmethod
     def row(self, hidden: Float[Array, "... F"]) -> Float[Array, ...]:
-        raise NotImplementedError
+        """What counts of each token."""
 
     def probes(self) -> tuple[Probe, ...]:
         return (Probe(self.site, self._measure),)

@@ -21,6 +21,7 @@ from sparsejax import plugs
 from sparsejax.arrays import dense
 from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Work, check_sparsity
+from sparsejax.compress.statistics import Quantiles
 from sparsejax.compress.surgery import Placed, chain_at, place, sites_of
 from sparsejax.context import Context
 from sparsejax.io.model import Model
@@ -78,8 +79,8 @@ class GatePass(Pass):
         return ()
 
     def attention_threshold(self, x: np.ndarray) -> float:
-        """Of the input x [N, in] of one of `attention_sites`."""
-        raise NotImplementedError
+        """The sparsity-quantile of |x|, x [N, in] the input of one of `attention_sites`."""
+        return Quantiles(np.abs(x))(self.sparsity)
 
     def check(self, config: ModelConfig) -> None:
         check_sparsity(self.sparsity)

@@ -25,6 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from sparsejax.compress.allocate import check_reachable
 from sparsejax.compress.allocators import Allocator, Greedy, Problem, by_kind, site_sizes
 from sparsejax.compress.blocks import EXPERT_INPUTS, INPUTS, Blocks
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Tier, Work, check_sparsity
@@ -62,6 +63,8 @@ class Teal(Pass):
         check_input_sites(config, self.sites, f"{self.name}: sites")
         site = next(iter(expert_sites(config)), "")
         check(not site or self.allocator.experts, f"{self.name}: allocator", self.allocator, f"does not reach experts ({site})")
+        sizes = site_sizes(config, sites_of(config, "inputs", self.sites))
+        check_reachable(sizes, dict.fromkeys(sizes, self.allocator.most), self.sparsity)
 
     def apply(self, model: Model, work: Work) -> Model:
         if self.sparsity == 0:

@@ -1,6 +1,11 @@
-"""An allocator that asks the loss itself: every site is dropped to where one more parameter costs the model the same.
+"""Isocline: thresholds at which one more dropped parameter costs the model the same everywhere. A method of this project.
 
-At a plan s (site -> share) the whole sparse model is run forward and backward, and
+Acts on the input of every linear map of a block, as TEAL does, with WINA's score:
+
+    y = (x * m) W,   m = |x_j| ||W[j, :]|| > t        x[in], W[in, out], t by site
+
+so that a token that is hard keeps more. The thresholds come from the loss. At a plan s (site -> share dropped) the whole sparse
+model is run forward and backward, and
 
     lambda_i = dL/ds_i / n_i       L: mean KL(dense || sparse) per token, in nats; n_i: parameters of site i
 
@@ -9,17 +14,18 @@ exchange between two sites gains. A share has a gradient through its threshold t
 of a ramp of width +- `RAMP` t around it, so that each entry near the threshold counts with x_j dL/dx_j, its effect on the loss.
 
 lambda is noisy and grows steeply with s: it is taken to be a_i s^p, a_i is fitted to all rounds by least squares and averaged
-over neighbouring layers, and the next plan goes towards a_i s_i^p equal everywhere, odds by no more than a factor `STRIDE`.
-p = 3.5 is what SmolLM2 shows (gate and up: the loss rises 7.9-fold from a share of .3 to .5).
-Block-wise searches (TEAL) know neither the layers behind a block nor that blocks differ; curves of one site at a time
-(`EqualMarginal`) do not see what the other sites drop.
+over neighbouring layers, and the next plan goes towards a_i s_i^p equal everywhere, odds by no more than a factor `STRIDE`
+before all are moved together to meet the target. p = 3.5 is what SmolLM2 shows (gate and up: the loss rises 7.9-fold from a
+share of .3 to .5). Block-wise searches (TEAL) know neither the layers behind a block nor that blocks differ; curves of one site
+at a time (`EqualMarginal`) do not see what the other sites drop. No basis is changed and no factor added.
+Composed of: TEAL (arXiv 2408.14690), WINA (arXiv 2505.19427). In La RoSA's basis: `configs/recipes/isocline_rotated.py`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -36,6 +42,8 @@ from sparsejax.compress.surgery import Placed, chain_at, place
 from sparsejax.context import Context
 from sparsejax.io.name_map import parameter_slots
 from sparsejax.methods.sparsity.selection import SCORES, along, fitted, score_of
+from sparsejax.methods.sparsity.wina import Wina
+from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Weight, weight
 from sparsejax.plugs import check, check_choice, register
 
@@ -48,6 +56,19 @@ WINDOW = np.array([1, 2, 3, 2, 1])  # weights of neighbouring layers
 FLOOR = 0.3  # of the mean over the layers of a kind of map: what a site costs at least, where noise says less or nothing
 
 Shares = dict[str, Array]  # by the path of a stack of them
+
+
+@register("pass", "isocline")
+@dataclass
+class Isocline(Wina):
+    """sparsity: parameter-weighted mean over `sites`, of the whole model."""
+
+    select: str = "threshold"
+    allocator: Allocator = field(default_factory=lambda: MarginalLoss())
+
+    def check(self, config: ModelConfig) -> None:
+        super().check(config)
+        check_choice("isocline: select", self.select, ("threshold",))
 
 
 @register("activation_op", "share_threshold")
@@ -94,38 +115,42 @@ class MarginalLoss(Allocator):
         check(self.rounds >= 1, "MarginalLoss: rounds", self.rounds, "must be at least 1")
         check(self.power > 0, "MarginalLoss: power", self.power, "must be positive")
 
+    @property
+    def most(self) -> float:
+        return MOST
+
     def __call__(self, problem: Problem, target: float) -> Plan:
-        sites, sizes, key = problem.sites, problem.sizes, self.key(problem)
-        check_reachable(sizes, dict.fromkeys(sites, MOST), target)
-        size = np.array([sizes[site] for site in sites], np.float64)
+        check_reachable(problem.sizes, dict.fromkeys(problem.sites, self.most), target)
+        sites, key = problem.sites, f"marginal-{self.key(problem)}-{target:g}"
+        size = np.array([problem.sizes[site] for site in sites], np.float64)
         shares, losses = np.full(len(sites), np.clip(target, LEAST, MOST)), []
         seen, powers = np.zeros(len(sites)), np.zeros(len(sites))
         slopes = functools.cache(lambda: Slopes(problem))
-        parts = [part for part in np.array_split(problem.work.calibration.tokens, self.rounds) if len(part)]
-        with problem.work.progress("marginal losses", sum(map(len, parts))) as advance:
-            for number, rows in enumerate(parts):
-                measure = functools.partial(self._measure, slopes, shares, rows, advance)
-                found = problem.work.piece(f"marginal-{key}-{target:g}-{number}", measure)
-                losses.append(float(found["loss"]))
-                seen, powers = seen + found["slopes"] / size * shares**self.power, powers + shares ** (2 * self.power)
+        tokens = problem.work.calibration.tokens
+        with problem.work.progress("marginal losses", len(tokens)) as advance:
+            for rows in (part for part in np.array_split(np.arange(len(tokens)), self.rounds) if len(part)):
+                found = []
+                for row in rows:
+                    measure = functools.partial(_measured, slopes, shares, tokens[row : row + 1])
+                    found.append(problem.work.piece(f"{key}-{row}", measure))
+                    advance(1)
+                losses.append(float(np.mean([one["loss"] for one in found])))
+                slope = np.mean([one["slopes"] for one in found], axis=0) / size
+                seen, powers = seen + slope * shares**self.power, powers + shares ** (2 * self.power)
                 wanted = smoothed(sites, seen / powers) ** (-1 / self.power)
                 wanted = at_target(wanted / wanted.mean() * target, size, target)
                 shares = at_target(within_stride(shares, wanted), size, target)
         problem.work.note("marginal_loss", kl_by_round=[round(loss, 4) for loss in losses])
         return dict(zip(sites, map(float, shares), strict=True))
 
-    def _measure(
-        self, slopes: Callable[[], Slopes], shares: np.ndarray, rows: np.ndarray, advance: Callable[[int], None]
-    ) -> dict[str, np.ndarray]:
-        total, loss = np.zeros(len(shares)), 0.0
-        for row in rows:
-            found, by_share = slopes()(shares, row[None])
-            total, loss = total + by_share / len(rows), loss + found / len(rows)
-            advance(1)
-        return {"slopes": total, "loss": np.asarray(loss)}
-
     def cost(self, sizes: Sizes, target: float, tier: Tier) -> str:
         return f"{tier.sequences} gradients of {tier.length} tokens through the whole model"
+
+
+def _measured(slopes: Callable[[], Slopes], shares: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """A finished piece; the program is made when the first is asked for that was not kept."""
+    loss, found = slopes()(shares, tokens)
+    return {"loss": np.asarray(loss), "slopes": found}
 
 
 def at_target(shares: np.ndarray, sizes: np.ndarray, target: float) -> np.ndarray:

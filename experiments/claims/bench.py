@@ -30,8 +30,6 @@ from sparsejax.plugs import check
 from sparsejax.train.final import HELD_OUT
 
 SMOLLM2 = "smollm2-135m"
-# Recipes whose passes keep pieces that serve every sparsity: quantiles, bases, states of a greedy search.
-LEVELS_SHARE = ("teal", "wina", "larosa", "isocline", "isocline_rotated")
 # Of models trained here, whose positions end at 128: windows that are evaluated, and that passes are fitted to.
 RUN_WINDOW, RUN_WINDOWS, RUN_CALIBRATION = 128, 128, 512
 
@@ -85,7 +83,7 @@ class Bench:
             window=RUN_WINDOW if run else 0,
             limit=RUN_WINDOWS if run else 0,
             baseline=str(self._dense.get((model, scope), "")),
-            pieces=self.folder / "pieces" if not run and name in LEVELS_SHARE else None,
+            pieces=self.folder / "pieces",
             decode_tokens=0,
         )
         request = dataclasses.replace(request, about=entry.about(_command(request)))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -73,6 +73,7 @@ class Work:
       folder: where finished pieces are kept, so that an interrupted compression goes on; None: nowhere.
       progress: (what is done, pieces) -> context manager of a function that takes the pieces just finished.
       notes: what passes report, by pass: tables and numbers as JSON values.
+      shared: by the number of a pass, folders that outlive the compression, for passes whose `levels_share`.
     """
 
     calibration: Calibration
@@ -80,13 +81,15 @@ class Work:
     folder: Path | None = None
     progress: Callable[[str, int], contextlib.AbstractContextManager[Advance]] = no_progress
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shared: Mapping[int, Path] = field(default_factory=dict)
     number: int = 0  # of the pass that runs
 
     def piece(self, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """A finished piece of the running pass (say, a block's statistics): read where it was kept, else computed and kept."""
-        if self.folder is None:
+        folder = self.shared.get(self.number, self.folder)
+        if folder is None:
             return compute()
-        path = self.folder / f"{self.number}-{name}.npz"
+        path = folder / f"{self.number}-{name}.npz"
         if path.exists():
             with np.load(path) as kept:
                 return dict(kept)
@@ -116,11 +119,13 @@ class Pass(abc.ABC):
     stage: what it changes, see `STAGES`.
     scope: what its sparsity needs of the evaluation: "all", or "from:0.5" for one that reads a prompt.
     experts: whether it works on a mixture of experts.
+    levels_share: whether its finished pieces serve every value of its `sparsity`.
     """
 
     stage: ClassVar[str]
     scope: ClassVar[str] = "all"
     experts: ClassVar[bool] = False
+    levels_share: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -57,8 +57,8 @@ class Request:
       resume: use the pieces of an interrupted compression.
       decode_tokens: decoded to measure speed; 0: not measured.
       executor: of the compressed model's sparse products while that is measured, one of `arrays.EXECUTORS`.
-      pieces: where pieces of passes are kept for later compressions, whose passes differ in their targets alone; None: with
-        the result, until it is finished.
+      pieces: where passes whose `levels_share` keep their pieces for later compressions; None: with the result, until it is
+        finished, as those of the others.
       about: versions, device and command, for the report.
     """
 
@@ -130,8 +130,8 @@ def compress(request: Request) -> dict[str, Any]:
     task = _prepared(request)
     print("\n".join(_plan(request, task)), flush=True)
     folder = WorkFolder(request.out, _pieces_key(request, task), resume=request.resume)
-    pieces = request.pieces / _pieces_key(request, task, shared=True) if request.pieces else folder.pieces / "passes"
-    work = Work(task.calibration, request.effort, pieces, _steps_bar)
+    shared = _shared_folders(request, task)
+    work = Work(task.calibration, request.effort, folder.pieces / "passes", _steps_bar, shared=shared)
     started = time.perf_counter()
     compressed = run_recipe(request.passes, task.model, work)
     jax.block_until_ready(compressed.values)
@@ -188,13 +188,31 @@ def _prepared(request: Request) -> _Task:
     return _Task(model, calibration, sources, encoded, protocol, dense)
 
 
-def _pieces_key(request: Request, task: _Task, shared: bool = False) -> str:
-    """What the finished pieces of the passes depend on; shared: by recipes that differ in numbers."""
-    return key_of(
-        weights=task.protocol["weights"], recipe=request.method if shared else request.recipe, text=request.recipe_text,
-        tier=request.tier,
-        calibration=task.calibration.sha256, skip_first=task.calibration.spec.skip_first, jax=jax.__version__,
-    )  # fmt: skip
+def _pieces_key(request: Request, task: _Task) -> str:
+    """What the finished pieces of the passes depend on."""
+    return key_of(**_given(request, task), recipe=request.recipe, text=request.recipe_text)
+
+
+def _given(request: Request, task: _Task) -> dict[str, Any]:
+    """What passes work with."""
+    return dict(weights=task.protocol["weights"], tier=request.tier, calibration=task.calibration.sha256,
+                skip_first=task.calibration.spec.skip_first, jax=jax.__version__)
+
+
+def _shared_folders(request: Request, task: _Task) -> dict[int, Path]:
+    """For each pass whose pieces serve every sparsity: named after the options of the passes up to it, but for that one."""
+    if request.pieces is None:
+        return {}
+    found: dict[int, Path] = {}
+    for number, one in enumerate(request.passes):
+        if one.levels_share:
+            passes = [*map(repr, request.passes[:number]), f"{type(one).__name__} {_options(one)}"]
+            found[number] = request.pieces / key_of(**_given(request, task), passes=passes)
+    return found
+
+
+def _options(one: Pass) -> dict[str, str]:
+    return {name: repr(value) for name, value in sorted(vars(one).items()) if name != "sparsity"}
 
 
 def _named(request: Request, task: _Task, compressed: Model) -> Model:

@@ -10,6 +10,7 @@ import sparsejax.compress.measure
 import sparsejax.compress.session
 from experiments import compress, entry, evaluate
 from sparsejax.compress import report_plots
+from sparsejax.compress.allocators import Uniform as Even
 from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.calibration import CalibrationSpec
 from sparsejax.compress.session import Request
@@ -21,6 +22,7 @@ from sparsejax.evaluate.scope import Scope
 from sparsejax.evaluate.texts import open_text
 from sparsejax.io import export_hf, model_folder
 from sparsejax.io.load import load
+from sparsejax.methods.sparsity.teal import Teal
 from sparsejax.nnx_compat import merge
 from tests.compress.uniform import LAYERS, Uniform, write_dense
 
@@ -173,6 +175,24 @@ def test_pieces_of_another_recipe_are_not_taken(tmp_path):
     assert WorkFolder(tmp_path, "one").resumed and not WorkFolder(tmp_path, "one", resume=False).resumed
     WorkFolder(tmp_path, "one").kept("x", lambda: 3)
     assert WorkFolder(tmp_path, "two").kept("x", lambda: 4) == 4 and not (tmp_path / "work" / "one").exists()
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_pieces_that_serve_every_sparsity_are_shared_between_compressions(given, tmp_path):
+    def shared_after(name, *passes):
+        small = CalibrationSpec(sequences=2, length=64)
+        named = str(given[0]), tmp_path / name, f"{name}.py", "", passes, ("stdlib:evaluation",), "quick", small, Scope()
+        request = Request(*named, window=65, limit=2, decode_tokens=0, pieces=tmp_path / "pieces")
+        sparsejax.compress.session.compress(request)
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "pieces").rglob("*.npz")}
+
+    first = shared_after("a", Teal(0.3, allocator=Even()))
+    assert len(first) >= LAYERS
+    assert shared_after("b", Teal(0.6, allocator=Even())) == first
+    other = shared_after("c", Teal(0.3, allocator=Even(), sites="blocks.*.mlp.*"))
+    behind = shared_after("d", Uniform(0.5, "blocks.*.attn.*"), Teal(0.3, allocator=Even(), sites="blocks.*.mlp.*"))
+    assert first.items() < other.items() < behind.items()
+    assert not any("block-" in path.name for path in behind)  # of Uniform, whose pieces are of its sparsity
 
 
 def test_a_finished_folder_is_left_alone_and_another_request_for_it_refused(half, given, monkeypatch, capsys):

@@ -60,6 +60,7 @@ class Rotate(Pass):
     per: str = ""
     seed: int = 0
     stage: ClassVar[str] = STRUCTURE
+    levels_share: ClassVar[bool] = True
 
     @property
     def sharing(self) -> str:

@@ -55,6 +55,7 @@ class Teal(Pass):
     allocator: Allocator = field(default_factory=Greedy)
     sites: str = "blocks.**"
     stage: ClassVar[str] = ACTIVATIONS
+    levels_share: ClassVar[bool] = True
     experts: ClassVar[bool] = True
 
     def check(self, config: ModelConfig) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.claims.bench import Bench, Rows
 from experiments.claims.claim import Claim, Outcome
-from experiments.claims.training_free import NEEDS, PROMPT
+from experiments.claims.training_free import NEEDS, PROMPT, below
 from sparsejax.evaluate.perplexity import Difference, paired_difference
 
 LEVELS = (0.25, 0.4, 0.5, 0.65)
@@ -127,8 +127,13 @@ CLAIMS = [
     Claim("isocline", "Isocline (this project)", "thresholds at equal marginal loss, against every published all-linear method "
           "at 25, 40, 50 and 65 %", "lower loss at equal sparsity and at equal bytes, on every text",
           dominates("isocline:{}", *ABSCISSAE), 30, needs=NEEDS),
-    Claim("isocline_rotated", "Isocline (this project)", "the same in the basis of principal components", "lower loss at equal "
-          "sparsity, on every text", dominates("isocline_rotated:{}", "sparsity"), 20, needs=NEEDS),
+    Claim("isocline_refit", "Isocline, Refit (this project)", "the same with weights that make up for what is dropped",
+          "lower loss at equal sparsity and at equal bytes, on every text", dominates("refit:isocline:{}", *ABSCISSAE), 15,
+          needs=NEEDS),
+    Claim("refit", "Refit (this project)", "refitted weights lose less under the same thresholds, at 50 %",
+          "below, by two standard errors", below("refit:isocline:0.5", "isocline:0.5"), 3, needs=NEEDS),
+    Claim("refit_teal", "Refit (this project)", "the same under TEAL's thresholds, at 50 %", "below, by two standard errors",
+          below("refit:teal:0.5", "teal:0.5"), 3, needs=NEEDS),
     Claim("chess", "CHESS (He et al., 2024, arXiv 2409.01366)", "thresholds by channel are better than one for all, .3, .5 and "
           ".7 of the neurons off", "below CATS at each, by two standard errors", ordered(GATES, GATE_LEVELS), 8, needs=NEEDS),
     Claim("sequence_sets", "GRIFFIN (2404.01365), CoreInfer (2410.18311)", "sets chosen from a prompt, .25 and .5 of the "

@@ -107,10 +107,16 @@ class Blocks:
         first = self._places.index((*self.kind(layer), 0))
         return self._run(first, probes)(self.values(layer) if values is None else values, h, sparsify)
 
-    def tensors(self, layer: int, h: Float[Array, "B T D"], *sites: str, values: Any = None) -> tuple[Array, dict[str, Array]]:
-        """(what leaves the block, `{site: tensor}`) of block-local sites; of experts (`mlp.experts.down`) [B, T, k, in]."""
+    def tensors(
+        self, layer: int, h: Float[Array, "B T D"], *sites: str, values: Any = None, sparsify: Bool[Array, "B T"] | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """(what leaves the block, `{site: tensor}`) of block-local sites; of experts (`mlp.experts.down`) [B, T, k, in].
+
+        Args: as `run`.
+        """
         named = {site: measured_at(site) for site in sites}
-        h, stats = self.run(layer, h, values=values, probes=taps(*dict.fromkeys(probe for probe, _ in named.values())))
+        probes = taps(*dict.fromkeys(probe for probe, _ in named.values()))
+        h, stats = self.run(layer, h, values=values, probes=probes, sparsify=sparsify)
         return h, {site: stats[key]["value"].value for site, (_, key) in named.items()}
 
     def stream(self, tokens: Any) -> Iterator[tuple[int, Float[Array, "B T D"]]]:

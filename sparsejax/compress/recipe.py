@@ -32,9 +32,9 @@ from sparsejax.models.config import ModelConfig
 from sparsejax.models.sizes import expert_sites
 from sparsejax.plugs import ConfigError, check, check_choice
 
-# Changes of basis and structure; then of the weights' values; then what selects activations.
-STRUCTURE, WEIGHTS, ACTIVATIONS = "structure", "weights", "activations"
-STAGES = (STRUCTURE, WEIGHTS, ACTIVATIONS)
+# Changes of basis and structure; then of the weights' values; then what selects activations; then what makes up for all of it.
+STRUCTURE, WEIGHTS, ACTIVATIONS, COMPENSATION = "structure", "weights", "activations", "compensation"
+STAGES = (STRUCTURE, WEIGHTS, ACTIVATIONS, COMPENSATION)
 
 
 class Tier(NamedTuple):

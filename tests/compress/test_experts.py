@@ -11,12 +11,12 @@ from sparsejax.compress import accounting, report_plots
 from sparsejax.compress.allocators import Greedy, Uniform
 from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.calibration import Calibration, CalibrationSpec
-from sparsejax.compress.marginal_loss import MarginalLoss
 from sparsejax.compress.recipe import TIERS, Work, check_experts, run_recipe
 from sparsejax.evaluate.scoring import Row, Scorer
 from sparsejax.io import model_folder
 from sparsejax.io.load import load
 from sparsejax.methods.sparsity.griffin import Griffin
+from sparsejax.methods.sparsity.isocline import MarginalLoss
 from sparsejax.methods.sparsity.n_of_m import ActivationNofM
 from sparsejax.methods.sparsity.teal import Teal
 from sparsejax.methods.sparsity.wina import Wina, channel_norms

@@ -18,7 +18,7 @@ over neighbouring layers, and the next plan goes towards a_i s_i^p equal everywh
 before all are moved together to meet the target. p = 3.5 is what SmolLM2 shows (gate and up: the loss rises 7.9-fold from a
 share of .3 to .5). Block-wise searches (TEAL) know neither the layers behind a block nor that blocks differ; curves of one site
 at a time (`EqualMarginal`) do not see what the other sites drop. No basis is changed and no factor added.
-Composed of: TEAL (arXiv 2408.14690), WINA (arXiv 2505.19427). In La RoSA's basis: `configs/recipes/isocline_rotated.py`.
+Composed of: TEAL (arXiv 2408.14690), WINA (arXiv 2505.19427). With weights that make up for it: `configs/recipes/refit.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,123 @@
+"""Refit against least squares, and what it leaves alone."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsejax.compress.allocators import Uniform
+from sparsejax.compress.blocks import Blocks
+from sparsejax.compress.calibration import Calibration, CalibrationSpec
+from sparsejax.compress.recipe import TIERS, Work, run_recipe
+from sparsejax.methods.sparsity.cats import Cats
+from sparsejax.methods.sparsity.refit import Refit, refitted
+from sparsejax.methods.sparsity.rsparse import RSparse
+from sparsejax.methods.sparsity.teal import Teal
+from sparsejax.plugs import ConfigError
+from tests.compress.tiny import tiny_model
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (8, 64), np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(layers=3, width=32, hidden=64)
+
+
+def work(tokens=TOKENS, folder=None):
+    return Work(Calibration(CalibrationSpec(sequences=len(tokens), length=tokens.shape[1]), tokens, ""), TIERS["quick"], folder)
+
+
+def drop(sparsity=0.6, sites="blocks.**"):
+    return Teal(sparsity, allocator=Uniform(), sites=sites)
+
+
+@given(st.integers(0, 99), st.floats(0.0, 0.9), st.floats(0.01, 3.0))
+def test_the_solution_is_where_the_gradient_of_the_loss_vanishes(seed, share, damping):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(50, 7)) @ rng.normal(size=(7, 7))
+    kept, kernel = np.where(np.abs(x) > np.quantile(np.abs(x), share), x, 0), rng.normal(size=(7, 3)).astype(np.float32)
+    found = refitted(kernel, kept.T @ kept, kept.T @ x, damping)
+    ridge = damping * np.trace(kept.T @ kept) / 7
+    gradient = kept.T @ (kept @ found - x @ kernel) + ridge * (found - kernel)
+    np.testing.assert_allclose(gradient, 0, atol=1e-4 * np.abs(x.T @ x @ kernel).max())
+
+
+@given(st.floats(0.01, 3.0))
+def test_nothing_dropped_changes_nothing_and_nothing_kept_leaves_the_weights(damping):
+    x, kernel = np.random.default_rng(1).normal(size=(40, 5)), np.arange(10, dtype=np.float32).reshape(5, 2)
+    np.testing.assert_allclose(refitted(kernel, x.T @ x, x.T @ x, damping), kernel, rtol=1e-5, atol=1e-5)
+    nothing = np.zeros((5, 5))
+    np.testing.assert_array_equal(refitted(kernel, nothing, nothing, damping), kernel)
+
+
+def block_errors(model, dense, tokens):
+    """By layer, ||sparse block(h) - dense block(h)||^2 over ||h||^2, h what the sparse blocks before let through."""
+    blocks, whole, found = Blocks(model), Blocks(dense), []
+    h = blocks.embed(tokens)
+    for layer in range(len(blocks)):
+        ours, theirs = blocks.run(layer, h)[0], whole.run(layer, h)[0]
+        found.append(float(jnp.sum(jnp.square(ours - theirs)) / jnp.sum(jnp.square(theirs))))
+        h = ours
+    return np.array(found)
+
+
+def test_every_block_comes_nearer_to_its_dense_output(model):
+    sparse = run_recipe([drop()], model, work())
+    refit = run_recipe([drop(), Refit(0.01)], model, work())
+    before, after = block_errors(sparse, model, TOKENS), block_errors(refit, model, TOKENS)
+    assert np.all(after < 0.8 * before)
+    assert refit.config == sparse.config and refit.parameter("blocks.1.mlp.up.kernel").shape == (32, 64)
+    site = "blocks.1.attn.q.inputs.0.threshold"
+    np.testing.assert_array_equal(refit.parameter(site), sparse.parameter(site))
+
+
+def test_units_chosen_by_their_gate_are_made_up_for(model):
+    sparse = run_recipe([Cats(0.5)], model, work())
+    refit = run_recipe([Cats(0.5), Refit(0.01)], model, work())
+    assert np.all(block_errors(refit, model, TOKENS) < block_errors(sparse, model, TOKENS))
+
+
+def test_only_named_maps_change_and_a_dense_model_stays_as_it_is(model):
+    assert run_recipe([drop(0.0), Refit()], model, work()) is model
+    refit = run_recipe([drop(), Refit(sites="blocks.*.mlp.down")], model, work())
+    for site, same in (("attn.q", True), ("mlp.up", True), ("mlp.down", False)):
+        ours, theirs = (np.asarray(one.parameter(f"blocks.2.{site}.kernel")) for one in (refit, model))
+        assert np.array_equal(ours, theirs) == same
+
+
+def test_the_first_position_keeps_its_outliers(model):
+    """All else being lost in it, what the first position gives is fitted best."""
+    tokens = TOKENS.copy()
+    tokens[:, 0] = 7
+    sparse, refit = (run_recipe([drop(0.8), *more], model, work(tokens)) for more in ((), (Refit(0.01),)))
+
+    def first(one):
+        blocks, whole = Blocks(one), Blocks(model)
+        h = blocks.embed(tokens[:1, :1])
+        return float(jnp.sum(jnp.square(blocks.run(0, h)[0] - whole.run(0, h)[0])))
+
+    assert first(refit) < 0.1 * first(sparse)
+
+
+def test_an_interrupted_refit_goes_on_to_the_same_weights(model, tmp_path):
+    recipe = [drop(), Refit()]
+    whole = run_recipe(recipe, model, work(folder=tmp_path))
+    kept = sorted(tmp_path.glob("1-block-*"))
+    assert len(kept) == 3
+    kept[-1].unlink()
+    again = run_recipe(recipe, model, work(folder=tmp_path))
+    for site in ("blocks.0.attn.o", "blocks.2.mlp.down"):
+        np.testing.assert_allclose(again.parameter(f"{site}.kernel"), whole.parameter(f"{site}.kernel"), rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_refitted_is_refused(model):
+    with pytest.raises(ConfigError, match="refit: damping = 0: must be positive"):
+        Refit(0).check(model.config)
+    with pytest.raises(ConfigError, match="names no site"):
+        Refit(sites="blocks.*.mlp.gone").check(model.config)
+    with pytest.raises(ConfigError, match=r"refit: blocks.0.attn.q = .*low_rank_residual.*: is what the map multiplies"):
+        run_recipe([RSparse(0.5, rho=0.5), Refit()], model, work())
+    with pytest.raises(ConfigError, match="changes activations after refit has fitted compensation"):
+        run_recipe([Refit(), drop()], model, work())

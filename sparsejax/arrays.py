@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.sparse_gemv import sparse_gemv
+from sparsejax.quantized_arrays import QTensor
 from sparsejax.sparse_arrays import NMSparse
 
 log = logging.getLogger(__name__)
@@ -93,37 +94,6 @@ class SparseActivation:
         return jnp.where(self.mask, values, 0)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codes", "scale", "surrogate"], meta_fields=["bits", "shape", "dtype"]
-)
-@dataclasses.dataclass
-class QTensor:
-    """A weight stored as integers: w[i, j] = codes[i, j] * scale[0, j], symmetric, one scale per output channel.
-
-    codes: int8[..., in, out], or for 4 bits uint8[..., ceil(in / 2), out] with channel 2i in the low nibble of byte i.
-    scale: float32[..., 1, out]. shape: the trailing (in, out); what leads it (layers, experts) comes from the arrays.
-    surrogate: while training, the float weight that receives the straight-through gradient; None when serving.
-    """
-
-    codes: Array
-    scale: Float[Array, "... 1 out"]
-    surrogate: Any
-    bits: int
-    shape: tuple[int, int]
-    dtype: Any
-
-    @property
-    def ndim(self) -> int:
-        return self.codes.ndim
-
-    def integers(self) -> Int[Array, "*lead in out"]:
-        """The codes as int8, unpacked."""
-        return unpack_int4(self.codes, self.shape[0]) if self.bits == 4 else self.codes
-
-    def dequantize(self) -> Array:
-        return (self.integers().astype(jnp.float32) * self.scale).astype(self.dtype)
-
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=[])
 @dataclasses.dataclass
 class LowRank:
@@ -189,23 +159,6 @@ class Residual:
 WEIGHT_ARRAYS: dict[str, type] = {"QTensor": QTensor, "NMSparse": NMSparse}
 
 
-def pack_int4(codes: Int[Array, "*lead in out"]) -> Int[Array, "*lead half out"]:
-    """int8 codes in [-8, 7] as nibbles, two input channels to a byte; an odd last channel is paired with zero."""
-    *lead, rows, columns = codes.shape
-    if rows % 2:
-        codes = jnp.concatenate([codes, jnp.zeros((*lead, 1, columns), codes.dtype)], axis=-2)
-    pairs = codes.astype(jnp.uint8).reshape(*lead, (rows + 1) // 2, 2, columns)
-    return (pairs[..., 0, :] & 0xF) | (pairs[..., 1, :] << 4)
-
-
-def unpack_int4(packed: Int[Array, "*lead half out"], rows: int) -> Int[Array, "*lead in out"]:
-    """The inverse of `pack_int4` for `rows` input channels."""
-    low = jnp.left_shift(packed, 4).view(jnp.int8) >> 4
-    high = packed.view(jnp.int8) >> 4
-    *lead, half, columns = packed.shape
-    return jnp.stack([low, high], axis=-2).reshape(*lead, 2 * half, columns)[..., :rows, :]
-
-
 def dense(x: Any) -> Array:
     """Any operand as the plain Array that it stands for."""
     if isinstance(x, SparseActivation | LowRank | Sum | Residual):
@@ -253,12 +206,17 @@ def expert_of_rows(groups: Int[Array, " E"], rows: int) -> Int[Array, " rows"]:
 
 
 def kind(operand: Any) -> str:
-    """The nested type name that dispatch sees, e.g. `SparseActivation[QuantizedActivation]`."""
+    """The nested type name that dispatch sees, e.g. `SparseActivation[QuantizedActivation]`.
+
+    A QTensor that no product of integers multiplies names its format: `QTensor[nf4:group=64]`.
+    """
     if isinstance(operand, SparseActivation):
         inner = kind(operand.values)
         return "SparseActivation" if inner == "Array" else f"SparseActivation[{inner}]"
     if isinstance(operand, NMSparse):
         return f"NMSparse[{kind(operand.values)}]"
+    if isinstance(operand, QTensor) and not operand.spec.multiplies_as_integers:
+        return f"QTensor[{operand.spec}]"
     return type(operand).__name__ if isinstance(operand, QuantizedActivation | QTensor | LowRank | Sum | Residual) else "Array"
 
 
@@ -347,12 +305,12 @@ def _array_array(x: Array, w: Array, groups: Any, out_dtype: Any) -> Array:
 
 def _int_int(x: QuantizedActivation, w: QTensor, groups: Any, out_dtype: Any) -> Array:
     """Integer accumulators are exact, the scales follow in a fixed order: training and serving agree bit for bit."""
-    total = _product(x.codes, w.integers(), groups, jnp.int32).astype(jnp.float32)
-    scale = w.scale
+    total = _product(x.codes, w.unpacked(), groups, jnp.int32).astype(jnp.float32)
+    scale = w.qparams.scale.astype(jnp.float32)
     if groups is not None:
-        scale = w.scale[:, 0].at[expert_of_rows(groups, x.shape[0])].get(mode="fill", fill_value=0)
+        scale = scale[:, 0].at[expert_of_rows(groups, x.shape[0])].get(mode="fill", fill_value=0)
     elif w.ndim == 2:
-        scale = w.scale[0]
+        scale = scale[0]
     scale = scale.reshape((1,) * (total.ndim - scale.ndim) + scale.shape)
     return (total * x.scale * scale).astype(out_dtype or x.dtype)
 

@@ -27,7 +27,8 @@ ORDER = [
         "sparsejax.train.config",
     ),
     ("kernels_pallas",),
-    ("sparsejax.sparse_arrays", "sparsejax.arrays"),
+    ("sparsejax.ops.formats",),  # what a QTensor's codes mean
+    ("sparsejax.sparse_arrays", "sparsejax.quantized_arrays", "sparsejax.arrays"),
     ("sparsejax.parallel",),
     ("sparsejax.ops",),
     ("sparsejax.layers",),

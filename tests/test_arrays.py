@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sparsejax import arrays
 from sparsejax.arrays import (
@@ -20,9 +18,10 @@ from sparsejax.arrays import (
     expert_of_rows,
     kind,
     matmul,
-    pack_int4,
-    unpack_int4,
 )
+from sparsejax.ops.formats.scales import QParams
+from sparsejax.ops.formats.spec import FormatSpec
+from sparsejax.quantized_arrays import packed
 
 N, K, OUT, E = 7, 9, 5, 3
 GROUPS = (3, 0, 2)
@@ -59,8 +58,9 @@ def right(name, lead=(), surrogate=False):
         return w
     bits = int(name[-1])
     integers = codes(6, (*lead, K, OUT), 2 ** (bits - 1) - 1)
-    packed = pack_int4(integers) if bits == 4 else integers
-    return QTensor(packed, scales(7, (*lead, 1, OUT)), w if surrogate else None, bits, (K, OUT), jnp.float32)
+    spec = FormatSpec(f"int{bits}")
+    tensor = packed(integers, QParams(scales(7, (*lead, 1, OUT))), spec, (K, OUT), jnp.float32)
+    return dataclasses.replace(tensor, surrogate=w if surrogate else None)
 
 
 LEFT = ("Array", "QuantizedActivation", "SparseActivation", "SparseActivation[QuantizedActivation]")
@@ -95,22 +95,9 @@ def test_grouped_and_batched_experts_are_each_experts_own_product(x_name, w_name
 def test_integer_products_are_exact_where_float32_sums_are_not():
     width = 20000
     x = QuantizedActivation(codes(0, (3, width)), jnp.ones((3, 1)), None, jnp.float32)
-    w = QTensor(codes(1, (width, 4)), jnp.ones((1, 4)), None, 8, (width, 4), jnp.float32)
+    w = QTensor(codes(1, (width, 4)), jnp.ones((1, 4)), FormatSpec("int8"), (width, 4), jnp.float32)
     exact = np.asarray(x.codes, np.int64) @ np.asarray(w.codes, np.int64)
     np.testing.assert_array_equal(matmul(x, w), exact.astype(np.float32))
-
-
-@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 4), st.sampled_from([(), (2,)]))
-def test_int4_codes_survive_packing(seed, rows, columns, lead):
-    original = jnp.asarray(rng(seed).integers(-8, 8, (*lead, rows, columns)), jnp.int8)
-    packed = pack_int4(original)
-    assert packed.shape == (*lead, (rows + 1) // 2, columns) and packed.dtype == jnp.uint8
-    np.testing.assert_array_equal(unpack_int4(packed, rows), original)
-
-
-def test_the_even_channel_is_the_low_nibble():
-    packed = pack_int4(jnp.asarray([[-8], [-7], [-1], [0], [1], [2], [6], [7]], jnp.int8))
-    assert packed[:, 0].tolist() == [0x98, 0x0F, 0x21, 0x76]
 
 
 @pytest.mark.parametrize("gradient", ["masked", "straight_through"])

@@ -161,8 +161,8 @@ def weight_zeros(model: Model) -> float:
     zeros = total = 0
     for path, _ in _kernels(model).items():
         kernel = nnx_compat.at(model.values, path)
-        codes = kernel.integers() if isinstance(kernel, QTensor) else kernel
-        zeros, total = zeros + int(jnp.sum(codes == 0, dtype=jnp.int32)), total + codes.size
+        numbers = dense(kernel)
+        zeros, total = zeros + int(jnp.sum(numbers == 0, dtype=jnp.int32)), total + numbers.size
     return zeros / total
 
 
@@ -214,11 +214,18 @@ def _passed_bytes(model: Model) -> dict[tuple[str, ...], dict[tuple[str, int], t
     experts = expert_sites(model.config)
     for path, rows in _kernels(model).items():
         kernel = nnx_compat.at(model.values, path)
-        # Scales belong to outputs, which are all computed.
-        each = (kernel.codes if isinstance(kernel, QTensor) else kernel).nbytes / len(rows)
+        each = sum(part.nbytes for part in _rows(kernel)) / len(rows)
         shares = {(leaf, layer): experts.get(f"blocks.{layer}.{leaf}", (1, 1)) for leaf, layer in rows}
         found[path] = {at: (each, each * passed / among) for at, (passed, among) in shares.items()}
     return found
+
+
+def _rows(kernel: Any) -> list[Array]:
+    """The arrays of a kernel that have a row for every input; a scale of several inputs is read with any of them."""
+    if not isinstance(kernel, QTensor):
+        return [kernel]
+    scales = (kernel.scale, kernel.zero) if kernel.spec.block(kernel.shape)[0] == 1 else ()
+    return [kernel.codes, *(part for part in scales if part is not None)]
 
 
 def _mixtures(config: ModelConfig) -> list[str]:

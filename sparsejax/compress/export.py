@@ -22,10 +22,10 @@ SERVING = Context(mode="prefill")
 
 
 class Row(NamedTuple):
-    """One kernel that was packed; `bytes_before` as it was given."""
+    """One kernel that was packed and its number format; `bytes_before` as it was given."""
 
     parameter: str
-    bits: int
+    format: str
     shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
@@ -56,7 +56,7 @@ def export(structure: Structure, values: dict[str, Any], dtype: str = "float32")
         if isinstance(tensor, QTensor):
             before = at(values, _names(path))
             name, after = ".".join(_names(path)), parameter_bytes(tensor)
-            rows.append(Row(name, tensor.bits, before.shape, parameter_bytes(before), after))
+            rows.append(Row(name, str(tensor.spec), before.shape, parameter_bytes(before), after))
     return Exported(packed, rows, parameter_bytes(values), parameter_bytes(packed))
 
 
@@ -86,10 +86,10 @@ def parameter_bytes(tree: Any) -> int:
 
 def report(exported: Exported) -> str:
     """The packed kernels and the totals as aligned text."""
-    width = max(len(row.parameter) for row in exported.rows)
+    width, wide = (max(len(getattr(row, field)) for row in exported.rows) for field in ("parameter", "format"))
     lines = [
-        f"{parameter:<{width}}  int{bits}  {'x'.join(map(str, shape)):>16}  {before:>14,} -> {after:,}"
-        for parameter, bits, shape, before, after in exported.rows
+        f"{parameter:<{width}}  {format:<{wide}}  {'x'.join(map(str, shape)):>16}  {before:>14,} -> {after:,}"
+        for parameter, format, shape, before, after in exported.rows
     ]
     ratio = exported.bytes_before / exported.bytes_after
     total = f"bytes of parameters: {exported.bytes_before:,} -> {exported.bytes_after:,} ({ratio:.2f}x smaller)"

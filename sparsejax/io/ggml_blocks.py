@@ -13,6 +13,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from sparsejax.ops.formats.tables import FP4_E2M1
+
 CHUNK = 2**17  # elements decoded at a time: the temporaries stay in cache and below 2 MB, whatever the tensor's size
 
 
@@ -132,7 +134,7 @@ def _mxfp4(blocks: np.ndarray, out: np.ndarray) -> None:
     np.multiply(_DOUBLED_E2M1[_nibbles(blocks[:, 1:]).reshape(-1, 32)], scale, out=out)
 
 
-_DOUBLED_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+_DOUBLED_E2M1 = (2 * FP4_E2M1).astype(np.int8)
 
 
 def _q2_k(blocks: np.ndarray, out: np.ndarray) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsejax import config_text, nnx_compat
-from sparsejax.arrays import WEIGHT_ARRAYS
+from sparsejax.arrays import WEIGHT_ARRAYS, QTensor
 from sparsejax.io import model_json
 from sparsejax.io.files import refuse_unless
 from sparsejax.io.model import Model, computed_in
@@ -25,6 +25,7 @@ from sparsejax.io.tensors import TensorSource
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.transformer import Transformer
 from sparsejax.nnx_compat import COMPUTE_ROLES, Structure, Weight
+from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.parallel import rules
 from sparsejax.plugs import ConfigError, check, check_choice
 
@@ -117,7 +118,8 @@ def _description(value: Any) -> dict[str, Any]:
     for one in dataclasses.fields(value):
         field = getattr(value, one.name)
         if one.name not in _data_fields(value):
-            static[one.name] = str(jnp.dtype(field)) if one.name == "dtype" else field
+            plain = str(field) if isinstance(field, FormatSpec) else field
+            static[one.name] = str(jnp.dtype(field)) if one.name == "dtype" else plain
     return {"type": type(value).__name__, **static}
 
 
@@ -161,8 +163,9 @@ class _Reader:
             check(array.shape == shape, f"{self.source.path}: {name}", array.shape, f"the config needs {shape}")
             return array.astype(self.dtype) if weight.role in COMPUTE_ROLES else array
         value = self._rebuild(name, weight, WEIGHT_ARRAYS[kind], fields)
-        needed = tuple(shape[-2:])
-        check(tuple(value.shape)[-2:] == needed, f"{self.source.path}: {name}", value.shape, f"the config needs {needed}")
+        stored = (*value.codes.shape[:-2], *value.shape) if isinstance(value, QTensor) else value.shape
+        needed = tuple(shape[-len(stored):])
+        check(tuple(stored) == needed, f"{self.source.path}: {name}", stored, f"the config needs {needed}")
         return value
 
     def _place(self, stored: str, weight: Weight) -> jax.Array:
@@ -180,8 +183,13 @@ class _Reader:
         static = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         if "dtype" in static:
             static["dtype"] = jnp.dtype(self.dtype)
+        if "spec" in static:
+            static["spec"] = FormatSpec.parse(fields["spec"], f"{self.where}: weights.arrays.{name}.spec")
         arrays = {one: self._place(f"{name}.{one}", weight) for one in allowed if f"{name}.{one}" in self.source.tensors}
-        optional = {one for one in allowed if one == "surrogate"}
+        optional = {one.name for one in dataclasses.fields(kind) if one.default is None}
         absent = sorted(set(allowed) - optional - set(arrays) - set(static))
         check(not absent, f"{self.source.path}: {name}", absent, f"parts of a {kind.__name__} that are missing")
-        return kind(**{**dict.fromkeys(allowed), **arrays, **static})
+        value = kind(**{**dict.fromkeys(allowed), **static, **arrays})
+        if isinstance(value, QTensor):
+            value.check(f"{self.source.path}: {name}")
+        return value

@@ -46,7 +46,7 @@ def test_a_run_is_packed_and_loses_no_bit_of_its_loss(trained, tmp_path):
     out = tmp_path / "packed"
     result = run(export.main, export.Flags, f"--model={trained}", f"--out={out}", config=False)
     assert result["loss_trained"] == result["loss_exported"] and json.dumps(result)
-    assert {row["bits"] for row in result["kernels"]} == {4, 8}
+    assert {row["format"] for row in result["kernels"]} == {"int4", "int8"}
     assert result["bytes_after"] < 0.5 * result["bytes_before"]
     model, run_model = model_folder.load(out), load_run(trained)
     kernels = jax.tree.leaves(model.values, is_leaf=lambda v: isinstance(v, QTensor))

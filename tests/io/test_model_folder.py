@@ -48,7 +48,7 @@ def test_packed_weights_and_rules_come_back_and_give_the_same_bits(packed, tmp_p
     assert again.config == packed.config and again.chat_template == packed.chat_template
     assert again.tokenizer.fingerprint == packed.tokenizer.fingerprint
     kernel = again.values["blocks"]["segments"]["0"]["0"]["mlp"]["up"]["kernel"]
-    assert isinstance(kernel, QTensor) and kernel.bits == 8
+    assert isinstance(kernel, QTensor) and str(kernel.spec) == "int8"
     np.testing.assert_array_equal(logits(again), logits(packed))
 
 
@@ -86,7 +86,7 @@ def test_rules_for_one_layer_restack_the_same_parameters(model):
         (lambda d: d.update(weights=None), "weights"),
         (lambda d: d.update(source=[1]), "source"),
         (lambda d: d["weights"]["arrays"].update({"norm.gain": "Array"}), "expected an object"),
-        (lambda d: d["weights"]["arrays"]["embed.table"].update(type="QTensor", bits=8), "parts of a QTensor"),
+        (lambda d: d["weights"]["arrays"]["embed.table"].update(type="QTensor", spec="int8"), "parts of a QTensor"),
         (lambda d: d["config"].update(num_layers=-1), "num_layers"),
         (lambda d: d["config"]["attention"].update(num_heads=0), "num_heads"),
     ],

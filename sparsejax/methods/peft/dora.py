@@ -13,7 +13,7 @@ Not here: dropout; weights made of others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ class Dora(Lora):
         factor = (1 + arrays["magnitude"].astype(jnp.float32)) * norm_ratio(dense(w), update)
         factor = factor[..., None, :]
         # In float32: bfloat16 has no number between 1 and 1.008.
-        scaled = replace(w, scale=w.scale * factor) if packed else (w * factor).astype(w.dtype)
+        scaled = w.scaled(factor) if packed else (w * factor).astype(w.dtype)
         return Sum(scaled, LowRank(update.a, (update.b * factor).astype(update.b.dtype)))
 
 

@@ -2,8 +2,8 @@
 
 Acts on the input of a linear map (activation op `int8`) and on its weight (weight ops `int8`, `int4`):
 
-    s = max |x| / q_max         per token for x [..., in]; per output channel for w [in, out]; q_max = 127 or 7
-    q = clip(round(x / s), -q_max, q_max)         round half to even; narrow range, so that -x quantizes to -q
+    s = max |x| / q_max         per token for x [..., in] (`int8:token`); per output channel for w [in, out] (`int8`, `int4`)
+    q = clip(round(x / s), -q_max, q_max)         q_max = 127 or 7; half to even; narrow range, so that -x quantizes to -q
     y = (q_x @ q_w) * s_x * s_w                   int32 accumulator
 
 Backward: straight through, dL/dx = dL/dx_hat; nothing is clipped when s is the maximum, so no mask is needed.
@@ -20,31 +20,16 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from sparsejax.arrays import QTensor, QuantizedActivation, SparseActivation, pack_int4
+from sparsejax.arrays import QTensor, QuantizedActivation, SparseActivation
 from sparsejax.context import Context
+from sparsejax.ops.formats.quantize import encode, qparams
+from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import check, register
+from sparsejax.quantized_arrays import qtensor
 
-# Below this a channel counts as zero: its scale must not underflow to 0, nor its codes become nan.
-LEAST_MAGNITUDE = 1e-30
-
-
-def symmetric_codes(
-    x: Float[Array, "*group"], magnitude: Float[Array, "*group"], greatest: int
-) -> tuple[Int[Array, "*group"], Float[Array, "*group"]]:
-    """(int8 codes, float32 scale) of x on the grid of scale = magnitude / greatest.
-
-    Args:
-      x: to be quantized.
-      magnitude: max |x| of each group, with its dimensions kept; a group of zeros gives codes 0.
-      greatest: the largest code, 127 or 7.
-    """
-    # Times the reciprocal: a division by a constant is compiled to either, so eager and jit would differ in the last bit.
-    scale = jnp.maximum(magnitude.astype(jnp.float32), LEAST_MAGNITUDE) * jnp.float32(1 / greatest)
-    codes = jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -greatest, greatest)
-    return codes.astype(jnp.int8), scale
-
+TOKENS = FormatSpec("int8", "token")
 
 def _check_start(start: int) -> None:
     check(start >= 0, "start", start, "must not be negative")
@@ -70,17 +55,17 @@ class Int8Activation:
 
 def _quantize_tokens(x: Array, counted: Array, ctx: Context) -> QuantizedActivation:
     fixed = jax.lax.stop_gradient
-    magnitude = jnp.max(jnp.abs(fixed(counted)), axis=-1, keepdims=True)
-    codes, scale = symmetric_codes(fixed(x), magnitude, 127)
-    return QuantizedActivation(codes, scale, x if ctx.mode == "train" else None, x.dtype)
+    parameters = qparams(fixed(counted), TOKENS)
+    codes = encode(fixed(x), parameters, TOKENS)
+    return QuantizedActivation(codes, parameters.scale, x if ctx.mode == "train" else None, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class IntegerWeight:
-    """w as integers with one scale per output channel; a weight that was exported (a QTensor) stays as it is."""
+    """w as integers with one scale per output channel; a weight that is packed (a QTensor of any format) stays as it is."""
 
     start: int = 0
-    bits: ClassVar[int]
+    format: ClassVar[FormatSpec]
 
     def __post_init__(self) -> None:
         _check_start(self.start)
@@ -92,10 +77,7 @@ class IntegerWeight:
 
     def encode(self, w: Float[Array, "*lead in out"]) -> QTensor:
         """The packed weight that serving multiplies."""
-        magnitude = jnp.max(jnp.abs(w), axis=-2, keepdims=True)
-        codes, scale = symmetric_codes(w, magnitude, 2 ** (self.bits - 1) - 1)
-        codes = pack_int4(codes) if self.bits == 4 else codes
-        return QTensor(codes, scale, None, self.bits, (w.shape[-2], w.shape[-1]), w.dtype)
+        return qtensor(w, self.format)
 
 
 @register("weight_op", "int8")
@@ -103,7 +85,7 @@ class IntegerWeight:
 class Int8Weight(IntegerWeight):
     """Codes in [-127, 127]."""
 
-    bits: ClassVar[int] = 8
+    format: ClassVar[FormatSpec] = FormatSpec("int8")
 
 
 @register("weight_op", "int4")
@@ -111,4 +93,4 @@ class Int8Weight(IntegerWeight):
 class Int4Weight(IntegerWeight):
     """Codes in [-7, 7], two to a byte."""
 
-    bits: ClassVar[int] = 4
+    format: ClassVar[FormatSpec] = FormatSpec("int4")

@@ -1,0 +1,154 @@
+"""Weights stored in a number format: one type for training, serving and folders, whatever the format."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparsejax.ops.formats.packing import pack_bits, pack_trits, unpack_bits, unpack_trits
+from sparsejax.ops.formats.quantize import Extent, decode, quantize
+from sparsejax.ops.formats.scales import STORED, QParams
+from sparsejax.ops.formats.spec import FormatSpec
+from sparsejax.plugs import check
+
+_ARRAYS = ("codes", "scale", "zero", "second", "mean")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[*_ARRAYS, "surrogate"], meta_fields=["spec", "shape", "dtype"]
+)
+@dataclasses.dataclass
+class QTensor:
+    """A weight stored in a number format.
+
+    Every array has the weight's rank, so that leading axes (layers, experts) are scanned and each is cut by the weight's axes.
+
+    codes: [..., in, bytes of a row]: a row is one input channel, contiguous and packed by itself (`ops.formats.packing`), since
+      products with few active inputs read whole rows of a kernel [in, out]. int8 for symmetric integers of 8 bits and FP8 for
+      elements of that name, else uint8.
+    scale, zero, second, mean: of `ops.formats.scales.QParams`, integer zeros of fewer than 8 bits packed as codes are.
+    spec: the format. shape: the trailing (in, out); what leads it comes from the arrays. dtype: of the weight it stands for.
+    surrogate: while training, the float weight that receives the straight-through gradient; None when serving.
+    """
+
+    codes: Array
+    scale: Array
+    spec: FormatSpec
+    shape: tuple[int, int]
+    dtype: Any
+    zero: Any = None
+    second: Any = None
+    mean: Any = None
+    surrogate: Any = None
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def qparams(self) -> QParams:
+        """Scales and zeros, one number to an element."""
+        zero = self.zero
+        if zero is not None and _packs_zeros(self.spec):
+            zero = unpack_bits(zero, self.spec.bits, self.scale.shape[-1], signed=False)
+        return QParams(self.scale, zero, self.second, self.mean)
+
+    def unpacked(self) -> Array:
+        """The codes, one to an element: those of `ops.formats.quantize.encode`."""
+        spec, columns = self.spec, self.spec.padded(self.shape)[1]
+        if spec.element == "ternary":
+            return unpack_trits(self.codes, columns)
+        return self.codes if spec.bits == 8 else unpack_bits(self.codes, spec.bits, columns, spec.grid.signed)
+
+    def dequantize(self) -> Float[Array, "*lead in out"]:
+        return decode(self.unpacked(), self.qparams, self.spec, self.shape).astype(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored; a surrogate is not."""
+        return sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in self._stored())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Scales, zeros, and what fills up rows and groups included; of abstract arrays (`jax.eval_shape`) too."""
+        return 8 * self.nbytes / (int(np.prod(self.codes.shape[:-2])) * self.shape[0] * self.shape[1])
+
+    def scaled(self, factor: Float[Array, "*lead 1 out"]) -> Any:
+        """The weight with each output multiplied by a float32 factor: the same codes with float32 scales; a plain array where
+        the format's scales are no numbers to multiply (powers of two, FP8, quantized again)."""
+        if self.spec.scale not in STORED or self.spec.second != "none" or self.scale.shape[-1] not in (1, self.shape[1]):
+            return (self.dequantize() * factor).astype(self.dtype)
+        zero = self.zero if self.zero is None or self.spec.zero != "min" else self.zero * factor
+        spec = dataclasses.replace(self.spec, scale="f32", codes="stored")
+        return dataclasses.replace(self, scale=self.scale * factor, zero=zero, spec=spec)
+
+    def check(self, field: str) -> None:
+        """Raise a ConfigError unless the arrays have the shapes and dtypes that format and shape ask for."""
+        sizes = isinstance(self.shape, tuple) and len(self.shape) == 2 and all(isinstance(n, int) and n > 0 for n in self.shape)
+        check(sizes, f"{field}.shape", self.shape, "expected the sizes (in, out)")
+        for name in (*_ARRAYS, "surrogate"):
+            part = getattr(self, name)
+            check(part is None or hasattr(part, "shape"), f"{field}.{name}", part, "expected an array")
+        lead = () if self.codes is None else self.codes.shape[:-2]
+        weight = jax.ShapeDtypeStruct((*lead, *self.shape), jnp.float32)
+        deterministic = dataclasses.replace(self.spec, rounding="even", static=False)
+        wanted = jax.eval_shape(lambda w: qtensor(w, deterministic), weight)
+        for name in _ARRAYS:
+            have, want = (_described(getattr(tensor, name)) for tensor in (self, wanted))
+            check(have == want, f"{field}.{name}", have, f"{self.spec} of {self.shape} needs {want}")
+
+    def _stored(self) -> list[Array]:
+        return [part for name in _ARRAYS if (part := getattr(self, name)) is not None]
+
+
+def qtensor(
+    weight: Float[Array, "*lead in out"],
+    spec: FormatSpec,
+    *,
+    parameters: QParams | None = None,
+    within: Extent | None = None,
+    key: Array | None = None,
+) -> QTensor:
+    """A weight in a number format.
+
+    Args:
+      weight: float, of two axes or more.
+      spec: the format.
+      parameters, within, key: as in `ops.formats.quantize.quantize`: scales that are given, extents that are, random numbers.
+    Raises:
+      ConfigError: the format does not fit the shape, or it is static and nothing is given.
+    """
+    codes, found = quantize(weight, spec, parameters=parameters, within=within, key=key)
+    return packed(codes, found, spec, (weight.shape[-2], weight.shape[-1]), weight.dtype)
+
+
+def packed(
+    codes: Int[Array, "*lead in out"], parameters: QParams, spec: FormatSpec, shape: tuple[int, int], dtype: Any
+) -> QTensor:
+    """The QTensor of codes and parameters as `ops.formats.quantize` has them: where solvers and importers end.
+
+    Args:
+      shape: the trailing (in, out) of the weight; dtype: its own.
+    """
+    if spec.element == "ternary":
+        codes = pack_trits(codes)
+    elif spec.bits < 8:
+        codes = pack_bits(codes, spec.bits)
+    zero = parameters.zero
+    if zero is not None and _packs_zeros(spec):
+        zero = pack_bits(zero, spec.bits)
+    return QTensor(codes, parameters.scale, spec, shape, jnp.dtype(dtype), zero, parameters.second, parameters.mean)
+
+
+def _packs_zeros(spec: FormatSpec) -> bool:
+    return spec.zero == "int" and spec.bits < 8
+
+
+def _described(array: Any) -> tuple[tuple[int, ...], str] | None:
+    return None if array is None else (tuple(array.shape), str(array.dtype))

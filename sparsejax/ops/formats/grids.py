@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparsejax.ops.formats.rounding import rounded, rounds_up
+from sparsejax.ops.formats.rounding import drawn, rounded
 from sparsejax.ops.formats.tables import FP4_BNB, IQ4_NL, NF4, float_values
 
 
@@ -133,8 +133,10 @@ class Table:
             fraction = jnp.log(x / low) / jnp.log(high / low)
         else:
             fraction = (x - low) / (high - low)
-        upper = rounds_up(fraction, rounding, key, x > 0, lower % 2 == 1)
-        return codes[lower + upper]
+        if rounding == "stochastic":
+            return codes[lower + drawn(fraction, key)]
+        up = {"even": lower % 2 == 1, "away": x > 0, "half_up": True}[rounding]  # where it is as near to both
+        return codes[lower + ((fraction > 0.5) | ((fraction == 0.5) & up))]
 
     def decode(self, codes: Array) -> Float[Array, "*shape"]:
         return jnp.asarray(self.values, jnp.float32)[codes]

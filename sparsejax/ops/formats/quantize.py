@@ -1,7 +1,7 @@
 """From numbers to codes and back, for every format: `qparams`, `encode`, `decode`, and `fake`, which is both.
 
-The two trailing axes of an array are those that a `FormatSpec` speaks of; each matrix of what leads them (layers, experts) is by
-itself. All of it can be traced: shapes and specs are static, and nothing depends on a value.
+The two trailing axes of an array are those that a `FormatSpec` speaks of; each matrix of what leads them (layers, experts) is
+by itself. All of it can be traced: shapes and specs are static, and nothing depends on a value.
 
 What cannot be represented is not hidden. A group that holds NaN or an infinity has a scale that is no finite number, and all
 of it decodes to NaN; with calibrated scales only FP8 can keep a NaN. A group of zeros, or one whose scale underflows in its
@@ -44,9 +44,12 @@ def extent(x: Float[Array, "*lead rows columns"], spec: FormatSpec) -> Extent:
     check(x.ndim >= 2, "format", str(spec), f"acts on the last two axes of an array, this one has the shape {x.shape}")
     block = spec.block(x.shape[-2:])
     x = x.astype(jnp.float32)
-    if spec.statistic == "range":
-        return Extent(_reduced(x, block, "max"), _reduced(x, block, "min"))
-    return Extent(_reduced(jnp.abs(x), block, "mean" if spec.statistic == "mean" else "max"))
+    if spec.statistic != "range":
+        high = _reduced(jnp.abs(x), block, "mean" if spec.statistic == "mean" else "max")
+        return Extent(jnp.where(jnp.isfinite(high), high, jnp.nan))
+    high, low = _reduced(x, block, "max"), _reduced(x, block, "min")
+    finite = jnp.isfinite(high) & jnp.isfinite(low)
+    return Extent(jnp.where(finite, high, jnp.nan), jnp.where(finite, low, jnp.nan))
 
 
 def qparams(

@@ -24,26 +24,18 @@ def rounded(x: Float[Array, "*shape"], rounding: str, key: Array | None = None) 
     """
     if rounding == "even":
         return jnp.round(x)
-    below = jnp.floor(x)
-    # Compared, not added: .49999997 + .5 is 1 in float32, and a whole number plus .9999999 may be the next one.
-    return below + rounds_up(x - below, rounding, key, x > 0, below % 2 == 1).astype(x.dtype)
-
-
-def rounds_up(
-    fraction: Float[Array, "*shape"],
-    rounding: str,
-    key: Array | None,
-    positive: Bool[Array, "*shape"],
-    odd: Bool[Array, "*shape"],
-) -> Bool[Array, "*shape"]:
-    """Whether a number at `fraction` of the way from its lower to its upper neighbour goes to the upper one.
-
-    positive: whether the number is above zero, for `away`; odd: whether the lower neighbour is, for `even`.
-    """
+    # Towards zero the rest is exact; floor(x + .5) is not: .49999997 + .5 is 1 in float32, and 1 - .49999997 is .5.
+    whole = jnp.trunc(x)
+    rest = jnp.abs(x - whole)
     if rounding == "stochastic":
-        if key is None:
-            raise ConfigError("round = 'stochastic': needs a random key")
-        return jax.random.uniform(key, fraction.shape, fraction.dtype) < fraction
-    if rounding == "half_up":
-        return fraction >= 0.5
-    return (fraction > 0.5) | ((fraction == 0.5) & (positive if rounding == "away" else odd))
+        onwards = drawn(rest, key)
+    else:
+        onwards = (rest > 0.5) | ((rest == 0.5) & ((rounding == "away") | (x > 0)))
+    return whole + jnp.where(onwards, jnp.sign(x), 0)
+
+
+def drawn(probability: Float[Array, "*shape"], key: Array | None) -> Bool[Array, "*shape"]:
+    """True with these probabilities; ConfigError without a key."""
+    if key is None:
+        raise ConfigError("round = 'stochastic': needs a random key")
+    return jax.random.uniform(key, probability.shape, probability.dtype) < probability

@@ -1,0 +1,275 @@
+"""What holds of every format."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsejax.ops.formats.quantize import Extent, decode, encode, extent, fake, qparams, quantize
+from sparsejax.ops.formats.rounding import rounded
+from sparsejax.ops.formats.scales import effective
+from sparsejax.ops.formats.spec import FormatSpec
+from sparsejax.plugs import ConfigError
+from sparsejax.quantized_arrays import packed
+from tests.ops.formats.samples import ALL, FLOATS, SHAPE, SYMMETRIC
+
+
+def never_negative(spec):
+    return spec.element.startswith("log")
+
+
+def draw(seed, spec, shape=SHAPE):
+    """A matrix of tails, with zeros in it; no less than zero where the format holds no less."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_t(4, shape) * 10.0 ** rng.integers(-3, 3) * (rng.random(shape) < 0.9)
+    return np.asarray(np.abs(x) if never_negative(spec) else x, np.float32)
+
+
+@functools.cache
+def twice(text):
+    """x -> (codes, parameters, numbers, those rounded again by the same parameters, the codes as packed), compiled once."""
+    spec = FormatSpec.parse(text)
+
+    @jax.jit
+    def run(x):
+        codes, found = quantize(x, spec)
+        numbers = decode(codes, found, spec)
+        again = encode(numbers, found, spec)
+        return codes, found, numbers, decode(again, found, spec), packed(codes, found, spec, SHAPE, x.dtype)
+
+    return run
+
+
+@pytest.mark.parametrize("text", ALL)
+@settings(max_examples=4)
+@given(st.integers(0, 10**6))
+def test_rounding_twice_is_rounding_once_zeros_stay_and_codes_are_in_range(text, seed):
+    spec = FormatSpec.parse(text)
+    x = draw(seed, spec)
+    codes, found, numbers, again, _ = twice(text)(x)
+    np.testing.assert_array_equal(again, numbers)
+    assert np.isfinite(numbers).all()
+    if spec.zero == "int" and spec.grid.holds_zero:
+        np.testing.assert_array_equal(numbers[x == 0], 0)
+    if spec.grid.signed:
+        assert codes.min() >= spec.grid.least and codes.max() <= spec.grid.most and codes.dtype == jnp.int8
+    elif codes.dtype == jnp.uint8:
+        assert codes.max() < 2**spec.bits
+    scale = np.abs(np.asarray(effective(found, spec)))
+    assert scale.shape == tuple(length // size for length, size in zip(SHAPE, spec.block(SHAPE), strict=True))
+    assert np.isfinite(scale).all()
+
+
+@pytest.mark.parametrize("text", ALL)
+def test_a_packed_weight_takes_its_true_bits_and_comes_back(text):
+    spec = FormatSpec.parse(text)
+    codes, found, numbers, _, tensor = twice(text)(draw(15, spec))
+    bits = 7 * 8 / 32 if spec.element == "ternary" else spec.bits  # five to a byte, in whole bytes
+    assert tensor.codes.nbytes == codes.size * bits / 8
+    assert tensor.nbytes == sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(tensor))
+    assert all(leaf.ndim == 2 for leaf in jax.tree.leaves(tensor))
+    np.testing.assert_array_equal(tensor.unpacked().astype(jnp.float32), codes.astype(jnp.float32))
+    if found.zero is not None:
+        np.testing.assert_array_equal(tensor.qparams.zero, found.zero)
+    tensor.check("w")
+
+
+@pytest.mark.parametrize("text", ALL)
+def test_zeros_stay_zeros_and_what_is_no_number_makes_its_group_nan(text):
+    spec = FormatSpec.parse(text)
+    x = draw(1, spec)
+    x[:, 8:16] = 0
+    x[16:32] = 0
+    whole = twice(text)(np.zeros(SHAPE, np.float32))[2]
+    np.testing.assert_array_equal(whole, 0)
+    for bad in (np.nan, np.inf):
+        x[40, 20] = bad
+        numbers = np.asarray(twice(text)(x)[2])
+        assert np.isnan(numbers[40, 20])
+        rows, columns = spec.block(SHAPE)
+        group = np.zeros(SHAPE, bool)
+        group[40 // rows * rows :, 20 // columns * columns :][:rows, :columns] = True
+        assert np.isnan(numbers[group]).all()
+        assert spec.second != "none" or np.isfinite(numbers[~group]).all()
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:asym,group=8", "int3:group=8,axis=-1", "int4:asym,token,zero=min"])
+def test_integers_err_by_half_a_step_within_their_range(text):
+    spec = FormatSpec.parse(text)
+    x = draw(2, spec)
+    _, found, numbers, *_ = twice(text)(x)
+    steps = np.asarray(effective(found, spec), np.float64)
+    rows, columns = spec.block(SHAPE)
+    steps = np.repeat(np.repeat(steps, SHAPE[0] // steps.shape[0], 0), SHAPE[1] // steps.shape[1], 1)
+    error = np.abs(np.asarray(numbers, np.float64) - x) / steps
+    # A scale rounded to half precision moves the ends of the range, and so does a zero rounded to a code.
+    edge = 0.5 if spec.symmetric == "asym" and spec.zero == "int" else 0.01
+    assert error.max() <= 0.5 + edge and np.mean(error <= 0.5 + 1e-3) > 0.8
+
+
+@pytest.mark.parametrize("text", [*SYMMETRIC, *FLOATS])
+def test_negation_negates(text):
+    x = draw(3, FormatSpec.parse(text))
+    np.testing.assert_array_equal(twice(text)(-x)[2], -np.asarray(twice(text)(x)[2]))
+
+
+@pytest.mark.parametrize("text", ["mxfp4", "mxfp6_e3m2", "mxint8:rule=rne", "int8", "nvfp4", "fp8_e4m3"])
+def test_a_power_of_two_goes_into_the_scales(text):
+    spec = FormatSpec.parse(text)
+    x = draw(4, spec)
+    codes, _, numbers, *_ = twice(text)(x)
+    scaled_codes, _, scaled, *_ = twice(text)(x * 8)
+    np.testing.assert_array_equal(scaled_codes.astype(jnp.float32), codes.astype(jnp.float32))
+    np.testing.assert_array_equal(scaled, np.asarray(numbers) * 8)
+
+
+def test_nvfp4_follows_any_factor():
+    x = draw(5, FormatSpec.parse("nvfp4"))
+    for factor in (0.1, 3.7):
+        codes, others = (np.asarray(twice("nvfp4")(x * f)[0]) for f in (1, np.float32(factor)))
+        assert np.mean(codes == others) > 0.999
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int8", "int4:asym,group=8", "int4:asym,group=8,zero=float", "q4_1", "ternary:group=8", "mxint8:rule=rne", "fp8_e4m3",
+        "fp8_e5m2:tensor", "fp6_e2m3:group=8,scale=bf16", "mxfp6_e3m2", "mxfp4", "nvfp4", "binary", "nf4:group=8,double",
+        "fp4_bnb:group=8,scale=f16", "log2_4", "logsqrt2_4:token",
+    ],
+)  # fmt: skip
+def test_stochastic_rounding_is_unbiased_within_the_range(text):
+    spec, draws = FormatSpec.parse(text), 128
+    _, found, points, *_ = twice(text)(draw(6, spec))
+    # Between two numbers that the format holds, hence within its range.
+    x = np.asarray(points) * np.random.default_rng(0).uniform(0.3, 1, SHAPE).astype(np.float32)
+    if never_negative(spec):
+        x = np.maximum(x, np.asarray(effective(found, spec)) * np.float32(spec.grid.values[-1]))
+    stochastic = dataclasses.replace(spec, rounding="stochastic")
+
+    @jax.jit
+    def moments(x):
+        many, shared = jnp.broadcast_to(x, (draws, *SHAPE)), jax.tree.map(lambda a: a[None], found)
+        rounded = decode(encode(many, shared, stochastic, key=jax.random.key(8)), shared, spec)
+        return jnp.mean(rounded, axis=0), jnp.std(rounded, axis=0), jnp.ptp(rounded, axis=0)
+
+    mean, deviation, gap = (np.asarray(moment, np.float64) for moment in moments(x))
+    moved = gap > 0
+    assert moved.mean() > 0.1
+    # Of one number: six standard errors of a coin. Of all, as they are and away from zero: four of their sum.
+    assert (np.abs(mean - x)[moved] < 6 * gap[moved] / 2 / draws**0.5).all()
+    for sign in (1, np.sign(x)):
+        # In steps of each, or the largest numbers would outweigh the others.
+        bias, error = ((sign * (mean - x))[moved] / gap[moved]).sum(), (deviation[moved] / gap[moved] / draws**0.5)
+        assert abs(bias) < 4 * np.sqrt((error**2).sum())
+
+
+def test_halves_go_where_the_rounding_says():
+    halves = jnp.asarray([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997, -0.49999997, 8388609.0])
+    wanted = {
+        "even": [-2, -2, 0, 0, 2, 2, 0, 0, 8388609],
+        "away": [-3, -2, -1, 1, 2, 3, 0, 0, 8388609],
+        "half_up": [-2, -1, 0, 1, 2, 3, 0, 0, 8388609],
+    }
+    for rounding, expected in wanted.items():
+        assert rounded(halves, rounding).tolist() == expected
+    whole = jnp.arange(-300.0, 300)
+    assert rounded(whole, "stochastic", jax.random.key(0)).tolist() == whole.tolist()
+    with pytest.raises(ConfigError, match="needs a random key"):
+        rounded(halves, "stochastic")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4:asym,group=24,ragged=tail", "nf4:group=24,double,ragged=pad", "ternary:group=24,ragged=tail", "mxfp4:ragged=pad",
+        "int8:block=24x12,ragged=tail", "int8:block=24x12,ragged=pad",
+    ],
+)  # fmt: skip
+def test_a_last_group_that_is_not_full_is_one_of_its_own(text):
+    spec = FormatSpec.parse(text)
+    x = draw(9, spec, (40, 20))
+
+    @jax.jit
+    def run(x):
+        codes, found = quantize(x, spec)
+        return codes, found, decode(codes, found, spec, x.shape), extent(x, spec).high
+
+    codes, found, numbers, high = jax.tree.map(np.asarray, run(x))
+    assert codes.shape == (spec.padded(x.shape) if spec.ragged == "pad" else x.shape)
+    rows, columns = spec.block(x.shape)
+    for row in range(found.scale.shape[0]):
+        for column in range(found.scale.shape[1]):
+            block = np.abs(x[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns])
+            wanted = block.mean() if spec.statistic == "mean" else block.max()
+            if spec.statistic != "range":
+                np.testing.assert_allclose(high[row, column], wanted, rtol=1e-6)
+    if spec.second == "none" and spec.granularity == "group" and spec.axis == -2:
+        for part in (slice(0, rows), slice(rows, 40)):
+            alone = dataclasses.replace(spec, ragged="error", size=(part.stop - part.start,))
+            np.testing.assert_array_equal(numbers[part], jax.jit(lambda x, alone=alone: fake(x, alone))(x[part]))
+    assert np.sum((numbers - x) ** 2) < 0.5 * np.sum(x**2)
+
+
+@pytest.mark.parametrize("text", ["int4:asym,group=8", "nf4:group=8,double", "nvfp4"])
+def test_leading_axes_are_as_each_matrix_alone(text):
+    spec = FormatSpec.parse(text)
+    stacked = np.stack([draw(seed, spec) for seed in range(6)]).reshape(2, 3, *SHAPE)
+    numbers = jax.jit(lambda x: fake(x, spec))(stacked)
+    for index in np.ndindex(2, 3):
+        np.testing.assert_array_equal(numbers[index], twice(text)(stacked[index])[2])
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:asym,group=8"])
+def test_compiled_and_eager_agree_bit_for_bit(text):
+    spec = FormatSpec.parse(text)
+    x = draw(10, spec)
+    codes, found = quantize(jnp.asarray(x), spec)
+    compiled_codes, compiled, *_ = twice(text)(x)
+    np.testing.assert_array_equal(codes, compiled_codes)
+    jax.tree.map(np.testing.assert_array_equal, found, compiled)
+
+
+def test_the_gradient_goes_straight_through():
+    x, r = (jnp.asarray(draw(seed, FormatSpec("int4"))) for seed in (11, 12))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(r * fake(x, FormatSpec("int4")))))(x)
+    np.testing.assert_array_equal(gradient, r)
+    assert fake(x.astype(jnp.bfloat16), FormatSpec("int4")).dtype == jnp.bfloat16
+
+
+def test_a_static_format_takes_its_scales_from_calibration():
+    spec = FormatSpec.parse("int8:tensor,static")
+    x = jnp.asarray(draw(13, spec))
+    for call in (qparams, quantize, fake):
+        with pytest.raises(ConfigError, match="'int8:tensor,static': is static"):
+            call(x, spec)
+    clipped = Extent(jnp.full((1, 1), 0.5, jnp.float32))
+    numbers = fake(jnp.asarray([[0.25, 2.0], [-3.0, 0.0]]), spec, within=clipped)
+    np.testing.assert_allclose(numbers, [[64 * 0.5 / 127, 0.5], [-0.5, 0]], rtol=1e-6)
+    found = qparams(x, spec, within=clipped)
+    np.testing.assert_array_equal(fake(x, spec, parameters=found), fake(x, spec, within=clipped))
+
+
+def test_a_calibrated_second_level_is_kept():
+    spec = FormatSpec.parse("nvfp4")
+    x = jnp.asarray(draw(14, spec))
+    given = jnp.full((1, 1), 100.0, jnp.float32)
+    assert qparams(x, spec, second=given).second is given
+
+
+def test_a_scale_that_half_precision_cannot_hold_is_its_greatest_or_zero():
+    spec = FormatSpec.parse("int4:group=8")
+    x = jnp.asarray(np.r_[np.full(8, 1e30), np.full(8, 1e-30)][:, None], jnp.float32)
+    numbers = np.asarray(fake(x, spec))
+    np.testing.assert_array_equal(numbers[:8], 7 * 65504)
+    np.testing.assert_array_equal(numbers[8:], 0)
+
+
+def test_a_vector_is_refused():
+    with pytest.raises(ConfigError, match=r"last two axes of an array, this one has the shape \(4,\)"):
+        fake(jnp.ones(4), FormatSpec("int8"))

@@ -152,7 +152,7 @@ def test_outputs_are_scaled_without_touching_the_codes_where_that_can_be(text):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(scale=jnp.ones((2, 32), jnp.float16)), r"w.scale = \(\(2, 32\), 'float16'\): int4:group=8 of \(64, 32\) needs \(\(8, 32\)"),
+        (dict(scale=jnp.ones((2, 32), jnp.float16)), r"w.scale = .*2, 32.*: int4:group=8 of \(64, 32\) needs \(\(8, 32\)"),
         (dict(codes=jnp.ones((64, 32), jnp.int8)), "w.codes"),
         (dict(zero=jnp.ones((8, 16), jnp.uint8)), "w.zero"),
         (dict(codes=None), "w.codes"),

@@ -16,9 +16,11 @@ from sparsejax.io import export_hf, model_folder
 from sparsejax.io.load import load
 from sparsejax.models.transformer import Transformer
 from sparsejax.nnx_compat import merge, split
+from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.parallel.config import MeshConfig
 from sparsejax.parallel.mesh import make_mesh
 from sparsejax.plugs import ConfigError
+from sparsejax.quantized_arrays import qtensor
 from tests.io import tiny_llama
 
 TOKENS = np.arange(24).reshape(2, 12) * 7 % 264
@@ -50,6 +52,47 @@ def test_packed_weights_and_rules_come_back_and_give_the_same_bits(packed, tmp_p
     kernel = again.values["blocks"]["segments"]["0"]["0"]["mlp"]["up"]["kernel"]
     assert isinstance(kernel, QTensor) and str(kernel.spec) == "int8"
     np.testing.assert_array_equal(logits(again), logits(packed))
+
+
+@pytest.mark.parametrize("text", ["int3:asym,group=24,ragged=tail", "nf4:group=16,double", "nvfp4", "fp8_e4m3:block=16x8"])
+def test_a_weight_of_any_format_comes_back_from_its_folder(model, tmp_path, text):
+    spec = FormatSpec.parse(text)
+    values = jax.tree.map(lambda leaf: leaf, model.values)
+    up = values["blocks"]["segments"]["0"]["0"]["mlp"]["up"]
+    up["kernel"] = jax.jit(lambda w: qtensor(w, spec))(up["kernel"])
+    changed = dataclasses.replace(model, values=values)
+    model_folder.save(changed, tmp_path / "out")
+    again = load(str(tmp_path / "out"))
+    assert again.values["blocks"]["segments"]["0"]["0"]["mlp"]["up"]["kernel"].spec == spec
+    assert jax.tree.structure(again.values) == jax.tree.structure(values)
+    jax.tree.map(np.testing.assert_array_equal, again.values, values)
+    np.testing.assert_array_equal(logits(again), logits(changed))
+
+
+KERNEL = "blocks.segments.0.0.mlp.up.kernel"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(spec="int8:grup=4"), rf"weights.arrays.{KERNEL}.spec = 'int8:grup=4'.*Did you mean 'group='"),
+        (dict(spec=7), "expected the name of a number format"),
+        (dict(spec="int4"), rf"{KERNEL}.codes"),
+        (dict(spec="int8:tensor"), rf"{KERNEL}.scale"),
+        (dict(shape=[16, 4]), rf"{KERNEL}.(codes|scale)"),
+        (dict(shape="wide"), "expected the sizes"),
+        (dict(zero=3), rf"{KERNEL}.zero = 3: expected an array"),
+        (dict(bits=8), "field of QTensor = 'bits'"),
+    ],
+)
+def test_what_a_damaged_description_says_of_a_packed_weight_is_named(packed, tmp_path, change, message):
+    model_folder.save(packed, tmp_path / "out")
+    path = tmp_path / "out" / "model.json"
+    document = json.loads(path.read_text())
+    document["weights"]["arrays"][KERNEL].update(change)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=message):
+        load(str(tmp_path / "out"))
 
 
 def test_a_folder_loads_on_a_mesh(packed, tmp_path):

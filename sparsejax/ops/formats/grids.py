@@ -135,7 +135,7 @@ class Table:
             fraction = (x - low) / (high - low)
         if rounding == "stochastic":
             return codes[lower + drawn(fraction, key)]
-        up = {"even": lower % 2 == 1, "away": x > 0, "half_up": True}[rounding]  # where it is as near to both
+        up = lower % 2 == 1 if rounding == "even" else (x > 0) | (rounding == "half_up")  # where both are as near
         return codes[lower + ((fraction > 0.5) | ((fraction == 0.5) & up))]
 
     def decode(self, codes: Array) -> Float[Array, "*shape"]:

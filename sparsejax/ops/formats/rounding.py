@@ -27,10 +27,8 @@ def rounded(x: Float[Array, "*shape"], rounding: str, key: Array | None = None) 
     # Towards zero the rest is exact; floor(x + .5) is not: .49999997 + .5 is 1 in float32, and 1 - .49999997 is .5.
     whole = jnp.trunc(x)
     rest = jnp.abs(x - whole)
-    if rounding == "stochastic":
-        onwards = drawn(rest, key)
-    else:
-        onwards = (rest > 0.5) | ((rest == 0.5) & ((rounding == "away") | (x > 0)))
+    nearer = (rest > 0.5) | ((rest == 0.5) & ((rounding == "away") | (x > 0)))
+    onwards = drawn(rest, key) if rounding == "stochastic" else nearer
     return whole + jnp.where(onwards, jnp.sign(x), 0)
 
 

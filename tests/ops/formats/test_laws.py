@@ -138,8 +138,8 @@ def test_nvfp4_follows_any_factor():
 @pytest.mark.parametrize(
     "text",
     [
-        "int8", "int4:asym,group=8", "int4:asym,group=8,zero=float", "q4_1", "ternary:group=8", "mxint8:rule=rne", "fp8_e4m3",
-        "fp8_e5m2:tensor", "fp6_e2m3:group=8,scale=bf16", "mxfp6_e3m2", "mxfp4", "nvfp4", "binary", "nf4:group=8,double",
+        "int8", "int4:asym,group=8", "int4:asym,group=8,zero=float", "q4_1", "ternary:group=8", "fp8_e4m3",
+        "fp8_e5m2:tensor", "fp6_e2m3:group=8,scale=bf16", "mxfp4", "nvfp4", "binary", "nf4:group=8,double",
         "fp4_bnb:group=8,scale=f16", "log2_4", "logsqrt2_4:token",
     ],
 )  # fmt: skip

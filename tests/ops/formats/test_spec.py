@@ -7,16 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsejax.ops.formats.grids import ELEMENTS
-from sparsejax.ops.formats.spec import (
-    CODES, PUBLISHED, RAGGED, RULES, SCALES, SECOND, SYMMETRIC, WHOLE, ZEROS, FormatSpec,
-)  # fmt: skip
 from sparsejax.ops.formats.rounding import ROUNDINGS
+from sparsejax.ops.formats.spec import PUBLISHED, RAGGED, RULES, SCALES, SYMMETRIC, WHOLE, ZEROS, FormatSpec
 from sparsejax.plugs import ConfigError
 from tests.ops.formats.samples import ALL
 
-VALUES = {"ragged": RAGGED, "zero": ZEROS, "round": ROUNDINGS, "scale": SCALES, "rule": RULES, "codes": CODES,
+VALUES = {"ragged": RAGGED, "zero": ZEROS, "round": ROUNDINGS, "scale": SCALES, "rule": RULES, "codes": ("exact",),
           "axis": ("-1", "-2"), "group": ("1", "16", "128"), "block": ("128x128", "1x16")}  # fmt: skip
-WORDS = (*WHOLE, *SYMMETRIC, *SECOND[1:], "static")
+WORDS = (*WHOLE, *SYMMETRIC, "double", "two_level", "static")
 
 
 @st.composite

@@ -54,7 +54,7 @@ def test_a_surrogate_is_not_stored():
     assert dataclasses.replace(tensor, surrogate=weight()).nbytes == tensor.nbytes == 64 * 16 + 4 * 32
 
 
-@pytest.mark.parametrize("text", ["int3:asym,group=16", "nf4:group=8,double", "nvfp4"])
+@pytest.mark.parametrize("text", ["int3:asym,group=16", "nvfp4"])
 def test_stacked_layers_are_scanned_as_each_alone(text):
     tensor, x = stored(text, (3,)), weight((), (5, SHAPE[0]), 1)
     _, found = jax.jit(lambda x, w: jax.lax.scan(lambda x, layer: (x, matmul(x, layer)), x, w))(x, tensor)
@@ -65,8 +65,8 @@ def test_stacked_layers_are_scanned_as_each_alone(text):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda a: a[1], tensor), alone)
 
 
-@pytest.mark.parametrize("text", ["int4", "mxfp4", "nf4:group=8,double"])
-def test_sharded_arrays_give_the_same_product(text):
+def test_sharded_arrays_give_the_same_product():
+    text = "nf4:group=8,double"
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, data=2))
     tensor, x = stored(text), weight((), (4, SHAPE[0]), 1)
 

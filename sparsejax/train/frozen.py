@@ -5,14 +5,17 @@ Each checkpoint's record holds the digest of that folder, so that a checkpoint i
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from sparsejax.arrays import WEIGHT_ARRAYS
+from sparsejax.arrays import QTensor
 from sparsejax.nnx_compat import Structure, at, put
+from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.train import checkpoint_files as files
 from sparsejax.train import checkpoint_tree as trees
 from sparsejax.train.checkpoint import TREE, Checkpoints, Record, read_record, restore
@@ -81,11 +84,13 @@ def packed_as_saved(checkpoint: Path, structure: Structure, like: dict[str, Any]
     return result
 
 
-def _packed(text: str, arrays: dict[str, Any], like: Any, where: str) -> Any:
-    """An abstract weight array of the type whose static description (`checkpoint_tree.static_parts`) is `text`."""
-    for name, kind in WEIGHT_ARRAYS.items():
-        for bits in (4, 8):
-            packed = kind(**{"surrogate": None, **arrays}, bits=bits, shape=tuple(like.shape[-2:]), dtype=like.dtype)
-            if trees.static_parts({"w": packed})["w"] == text and text.startswith(name):
-                return packed
+def _packed(text: str, arrays: dict[str, Any], like: Any, where: str) -> QTensor:
+    """An abstract QTensor whose static description (`checkpoint_tree.static_parts`) is `text`."""
+    named = re.match(r"QTensor\(FormatSpec\('([^']*)'\)", text)
+    if named and set(arrays) <= {field.name for field in dataclasses.fields(QTensor)}:
+        spec = FormatSpec.parse(named[1], f"{where}: format")
+        packed = QTensor(**arrays, spec=spec, shape=tuple(like.shape[-2:]), dtype=like.dtype)
+        if trees.static_parts({"w": packed})["w"] == text:
+            packed.check(where)
+            return packed
     raise CheckpointError(f"{where}: a weight array {text} that this version does not know")

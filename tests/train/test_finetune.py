@@ -21,11 +21,12 @@ from sparsejax.data.tokenizers import train_bpe
 from sparsejax.evaluate.text_generator import TextGenerator
 from sparsejax.io.load import load
 from sparsejax.io.model import Model
-from sparsejax.methods.quant.qat import Int8Weight
 from sparsejax.models.config import AttentionConfig, FFNConfig, ModelConfig
 from sparsejax.models.transformer import Transformer
+from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.parallel.config import MeshConfig
 from sparsejax.plugs import ConfigError
+from sparsejax.quantized_arrays import qtensor
 from sparsejax.train import run as training
 from sparsejax.train.checkpoint import CheckpointError
 from sparsejax.train.config import CheckpointConfig, EvaluateConfig, LogConfig, OptimizerConfig
@@ -165,11 +166,12 @@ def test_a_checkpoint_is_refused_around_other_frozen_weights_and_without_them(tu
         load(str(folder))
 
 
-def test_a_packed_base_is_frozen_trained_beside_and_loaded_again(tmp_path):
+@pytest.mark.parametrize("text", ["int8", "nf4:group=8,double"])
+def test_a_packed_base_is_frozen_trained_beside_and_loaded_again(tmp_path, text):
     base = base_model(weights=("blocks.**=int8",))
 
     def pack(weight, value):
-        return Int8Weight().encode(value) if weight.role == "matrix" else value
+        return qtensor(value, FormatSpec.parse(text)) if weight.role == "matrix" else value
 
     packed = dataclasses.replace(base, values=base.structure.map(pack, base.values))
     config = experiment(dict(weights=("blocks.**=int8|lora:2",)), optimizer=ADAPTER, steps=2)
@@ -178,7 +180,7 @@ def test_a_packed_base_is_frozen_trained_beside_and_loaded_again(tmp_path):
     slot = loaded.values["blocks"]["segments"]["0"]["0"]["mlp"]["up"]["kernel"]
     original = packed.values["blocks"]["segments"]["0"]["0"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(slot.codes, original.codes)
-    assert slot.codes.dtype == jnp.int8 and np.isfinite(logits(loaded)).all()
+    assert str(slot.spec) == text and np.isfinite(logits(loaded)).all()
     assert np.abs(logits(loaded) - logits(packed)).max() > 0
 
 

@@ -81,8 +81,8 @@ class FormatSpec:
     zero: of `asym`. `int`: a code, b bits, x = (q - z) s, the range holds 0. `float`: z is stored like the scale (HQQ). `min`:
       x = q s + m with the least entry m stored like the scale (GGUF's _1 types, key-value caches).
     rounding: of `rounding.ROUNDINGS`.
-    scale: storage of the scales; "" is `f16` for groups and blocks, `f32` for tables, for scales that are quantized again, and
-      else. `e8m0`: powers of two, one byte; `e4m3`: positive FP8.
+    scale: storage of the scales; "" becomes `f16` for groups and blocks, but `f32` for tables and for `double`, `e4m3` for
+      `two_level`; and `f32` for all else. `e8m0`: powers of two, one byte; `e4m3`: FP8.
     rule: how e8m0 takes the exponent of amax / (greatest element): `floor` of both exponents (OCP; the largest may saturate),
       `round175` (up where amax's mantissa reaches 1.75, as compressed-tensors), `ceil` (nothing saturates), `rne` (amax to the
       nearest power of two).
@@ -139,9 +139,9 @@ class FormatSpec:
         check(self.symmetric == "narrow" or integers, "symmetric", self.symmetric, f"is for integers, not {self.element}")
         check(self.zero == "int" or self.symmetric == "asym", "zero", self.zero, "is for asym")
         check(self.rule == "floor" or self.scale == "e8m0", "rule", self.rule, "is for scale=e8m0")
-        averaged = self.statistic != "magnitude" or self.element in LOGARITHMS
-        narrow_scale = self.scale in ("e8m0", "e4m3")
-        check(not (narrow_scale and averaged), "scale", self.scale, f"holds no scale of {self.element} {self.symmetric}")
+        narrow = self.symmetric == "narrow" and self.statistic == "magnitude" and self.element not in LOGARITHMS
+        fits = narrow or self.scale not in ("e8m0", "e4m3")
+        check(fits, "scale", self.scale, f"holds no scale of {self.element} {self.symmetric}")
         doubled = self.granularity in ("group", "block") and self.scale == "f32" and self.zero == "int"
         check(self.second != "double" or doubled, "second", "double", "is for the float32 scales of groups and blocks")
         check(self.second != "two_level" or self.scale == "e4m3", "second", "two_level", "is for scale=e4m3")
@@ -249,6 +249,7 @@ def _option(part: str, where: str) -> dict[str, Any]:
     if name in _WORDS:
         field, chosen = _WORDS[name]
         return {"granularity": chosen, "size": (), "axis": -2} if field == "granularity" else {field: chosen}
+    check(value, f"{where}: {name}", value, "needs a value")
     if name in ("group", "block"):
         return {"granularity": name, "size": tuple(_whole(number, name, where) for number in value.split("x"))}
     return {_VALUED[name]: _whole(value, name, where) if name == "axis" else value}

@@ -247,6 +247,14 @@ def test_compiled_and_eager_agree_bit_for_bit(text):
     jax.tree.map(np.testing.assert_array_equal, found, compiled.found)
 
 
+@pytest.mark.parametrize("text", ["int3:group=8,axis=-1", "nf4:group=8,double", "nvfp4", "mxfp6_e3m2"])
+def test_accelerators_are_given_the_same_program(text):
+    spec = FormatSpec.parse(text)
+    traced = jax.jit(lambda x: packed(*quantize(x, spec), spec, SHAPE, x.dtype).dequantize()).trace(draw(0, spec))
+    for platform in ("tpu", "cuda"):
+        assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_the_gradient_goes_straight_through():
     x, r = (jnp.asarray(draw(seed, FormatSpec("int4"))) for seed in (11, 12))
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(r * fake(x, FormatSpec("int4")))))(x)

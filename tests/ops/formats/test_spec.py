@@ -72,6 +72,8 @@ def test_one_format_has_one_spelling(text, printed):
         ("int4:group", "option 'group': allowed are .*Did you mean 'group='"),
         ("int4:asym=1", "option 'asym=1'"),
         ("int4:group=x4", "group = '': expected a whole number"),
+        ("int4:scale=", "scale = '': needs a value"),
+        ("int4:full15,scale=e8m0", "holds no scale of int4 full15"),
         ("int4:group=0", r"group = \(0,\): needs 1 positive"),
         ("int4:block=16", r"block = \(16,\): needs 2 positive"),
         ("int4:asym,full15", "'full15' sets what was set before"),

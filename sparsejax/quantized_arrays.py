@@ -81,11 +81,14 @@ class QTensor:
 
     def scaled(self, factor: Float[Array, "*lead 1 out"]) -> Any:
         """The weight with each output multiplied by a float32 factor: the same codes with float32 scales; a plain array where
-        the format's scales are no numbers to multiply (powers of two, FP8, quantized again)."""
-        if self.spec.scale not in STORED or self.spec.second != "none" or self.scale.shape[-1] not in (1, self.shape[1]):
+        outputs share scales or these are no numbers to multiply (powers of two, FP8, quantized again)."""
+        spec = self.spec
+        by_output = spec.granularity == "channel" or (spec.granularity == "group" and spec.axis == -2)
+        if spec.scale not in STORED or spec.second != "none" or not by_output:
             return (self.dequantize() * factor).astype(self.dtype)
-        zero = self.zero if self.zero is None or self.spec.zero != "min" else self.zero * factor
-        spec = dataclasses.replace(self.spec, scale="f32", codes="stored")
+        zero = self.zero if self.zero is None or spec.zero == "int" else self.zero.astype(jnp.float32)
+        zero = zero * factor if spec.zero == "min" else zero
+        spec = dataclasses.replace(spec, scale="f32", codes="stored")
         return dataclasses.replace(self, scale=self.scale * factor, zero=zero, spec=spec)
 
     def check(self, field: str) -> None:

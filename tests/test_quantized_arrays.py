@@ -138,7 +138,9 @@ def test_gradients_go_through_the_surrogate_of_any_format():
     np.testing.assert_allclose(gradient, 2 * x.T @ (x @ tensor.dequantize()), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("text", ["int4", "int4:asym,group=8,zero=min", "mxfp4"])
+@pytest.mark.parametrize(
+    "text", ["int4", "int4:asym,group=8,zero=min", "int4:asym,group=8,zero=float", "mxfp4", "int8:tensor", "int8:token"]
+)
 def test_outputs_are_scaled_without_touching_the_codes_where_that_can_be(text):
     tensor, factor = stored(text), jnp.linspace(0.5, 2, SHAPE[1])[None]
     scaled = tensor.scaled(factor)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import entry
 from sparsejax.compress.allocators import Uniform
 from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.calibration import Calibration, CalibrationSpec
@@ -110,6 +111,13 @@ def test_an_interrupted_refit_goes_on_to_the_same_weights(model, tmp_path):
     again = run_recipe(recipe, model, work(folder=tmp_path))
     for site in ("blocks.0.attn.o", "blocks.2.mlp.down"):
         np.testing.assert_allclose(again.parameter(f"{site}.kernel"), whole.parameter(f"{site}.kernel"), rtol=1e-5, atol=1e-6)
+
+
+def test_the_recipe_follows_any_other():
+    recipe = entry.from_file("--recipe", "configs/recipes/refit.py:teal:0.5,topk,uniform", "get_recipe")
+    assert recipe == [Teal(0.5, "topk", Uniform()), Refit()]
+    with pytest.raises(ConfigError, match="refit: recipe = 'tael': allowed are .* Did you mean 'teal'"):
+        entry.from_file("--recipe", "configs/recipes/refit.py:tael:0.5", "get_recipe")
 
 
 def test_what_cannot_be_refitted_is_refused(model):

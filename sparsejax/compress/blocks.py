@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,7 @@ class Blocks:
             self._places += [(str(segment), str(slot), row) for row in range(repeats) for slot in range(period)]
         self._structures: dict[tuple[str, str], Structure] = {}
         self._run = functools.cache(self._compile)
+        self._probe = functools.cache(self._compile_probes)
         self._embed = jax.jit(self._trace_embedding)
 
     def __len__(self) -> int:
@@ -114,10 +115,14 @@ class Blocks:
 
         Args: as `run`.
         """
-        named = {site: measured_at(site) for site in sites}
-        probes = taps(*dict.fromkeys(probe for probe, _ in named.values()))
-        h, stats = self.run(layer, h, values=values, probes=probes, sparsify=sparsify)
-        return h, {site: stats[key]["value"].value for site, (_, key) in named.items()}
+        h, stats = self.run(layer, h, values=values, probes=_probes_of(sites), sparsify=sparsify)
+        return h, _tensors_of(sites, stats)
+
+    def entering(self, layer: int, h: Float[Array, "B T D"], *sites: str, values: Any = None) -> dict[str, Array]:
+        """The tensors alone, see `tensors`: what the block computes behind them is left out."""
+        first = self._places.index((*self.kind(layer), 0))
+        stats = self._probe(first, _probes_of(sites))(self.values(layer) if values is None else values, h)
+        return _tensors_of(sites, stats)
 
     def stream(self, tokens: Any) -> Iterator[tuple[int, Float[Array, "B T D"]]]:
         """(layer, what enters it) from the first to the last, under the model's own parameters."""
@@ -167,3 +172,14 @@ class Blocks:
 
     def _compile(self, layer: int, probes: tuple[Probe, ...]) -> Callable[..., Any]:
         return jax.jit(lambda values, h, sparsify: self.trace(layer, values, h, probes, sparsify))
+
+    def _compile_probes(self, layer: int, probes: tuple[Probe, ...]) -> Callable[..., Any]:
+        return jax.jit(lambda values, h: self.trace(layer, values, h, probes)[1])
+
+
+def _probes_of(sites: Sequence[str]) -> tuple[Probe, ...]:
+    return taps(*dict.fromkeys(measured_at(site)[0] for site in sites))
+
+
+def _tensors_of(sites: Sequence[str], stats: Mapping[str, Mapping[str, Stat]]) -> dict[str, Array]:
+    return {site: stats[measured_at(site)[1]]["value"].value for site in sites}

@@ -12,7 +12,7 @@ from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.calibration import Calibration, CalibrationSpec
 from sparsejax.compress.recipe import TIERS, Work, run_recipe
 from sparsejax.methods.sparsity.cats import Cats
-from sparsejax.methods.sparsity.refit import Refit, refitted
+from sparsejax.methods.sparsity.refit import DAMPINGS, Moments, Refit, refitted
 from sparsejax.methods.sparsity.rsparse import RSparse
 from sparsejax.methods.sparsity.teal import Teal
 from sparsejax.plugs import ConfigError
@@ -34,23 +34,48 @@ def drop(sparsity=0.6, sites="blocks.**"):
     return Teal(sparsity, allocator=Uniform(), sites=sites)
 
 
-@given(st.integers(0, 99), st.floats(0.0, 0.9), st.floats(0.01, 3.0))
+def moments(kept, x):
+    return Moments(kept.T @ kept, kept.T @ x)
+
+
+@given(st.integers(0, 99), st.floats(0.0, 0.9), st.sampled_from(DAMPINGS[:-1]))
 def test_the_solution_is_where_the_gradient_of_the_loss_vanishes(seed, share, damping):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(50, 7)) @ rng.normal(size=(7, 7))
-    kept, kernel = np.where(np.abs(x) > np.quantile(np.abs(x), share), x, 0), rng.normal(size=(7, 3)).astype(np.float32)
-    found = refitted(kernel, kept.T @ kept, kept.T @ x, damping)
+    kept, kernel = np.where(np.abs(x) > np.quantile(np.abs(x), share), x, 0), rng.normal(size=(7, 3))
+    found = moments(kept, x).solved(kernel, damping)
     ridge = damping * np.trace(kept.T @ kept) / 7
     gradient = kept.T @ (kept @ found - x @ kernel) + ridge * (found - kernel)
-    np.testing.assert_allclose(gradient, 0, atol=1e-4 * np.abs(x.T @ x @ kernel).max())
+    np.testing.assert_allclose(gradient, 0, atol=1e-8 * np.abs(x.T @ x @ kernel).max())
+    constant = np.sum(np.square(x @ kernel))
+    assert moments(kept, x).loss(kernel, found) + constant == pytest.approx(np.sum(np.square(kept @ found - x @ kernel)))
 
 
-@given(st.floats(0.01, 3.0))
-def test_nothing_dropped_changes_nothing_and_nothing_kept_leaves_the_weights(damping):
+def test_nothing_dropped_changes_nothing_and_nothing_kept_leaves_the_weights():
     x, kernel = np.random.default_rng(1).normal(size=(40, 5)), np.arange(10, dtype=np.float32).reshape(5, 2)
-    np.testing.assert_allclose(refitted(kernel, x.T @ x, x.T @ x, damping), kernel, rtol=1e-5, atol=1e-5)
-    nothing = np.zeros((5, 5))
-    np.testing.assert_array_equal(refitted(kernel, nothing, nothing, damping), kernel)
+    np.testing.assert_allclose(refitted(kernel, moments(x, x), moments(x, x))[0], kernel, rtol=1e-5, atol=1e-5)
+    nothing = moments(0 * x, x)
+    np.testing.assert_array_equal(refitted(kernel, nothing, nothing)[0], kernel)
+
+
+def test_the_damping_is_what_the_other_half_bears_out():
+    """What is dropped is predicted by what is kept, or is not."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(40, 3)).astype(np.float32)
+
+    def halves(tied):
+        found = []
+        for _ in range(2):
+            kept, other = rng.normal(size=(2, 60, 20))
+            x = np.concatenate([kept, kept if tied else other], axis=1)
+            found.append(moments(np.concatenate([kept, 0 * kept], axis=1), x))
+        return found
+
+    refit, damping = refitted(kernel, *halves(True))
+    assert damping == DAMPINGS[0]
+    np.testing.assert_allclose(refit[:20], kernel[:20] + kernel[20:], atol=0.3)
+    refit, damping = refitted(kernel, *halves(False))
+    assert damping >= 3.0 and np.abs(refit - kernel).max() < 0.2
 
 
 def block_errors(model, dense, tokens):
@@ -66,9 +91,10 @@ def block_errors(model, dense, tokens):
 
 def test_every_block_comes_nearer_to_its_dense_output(model):
     sparse = run_recipe([drop()], model, work())
-    refit = run_recipe([drop(), Refit(0.01)], model, work())
-    before, after = block_errors(sparse, model, TOKENS), block_errors(refit, model, TOKENS)
-    assert np.all(after < 0.8 * before)
+    refit = run_recipe([drop(), Refit()], model, work())
+    for tokens in (TOKENS, np.random.default_rng(1).integers(0, 256, (8, 64), np.int32)):  # fitted to, and others
+        before, after = block_errors(sparse, model, tokens), block_errors(refit, model, tokens)
+        assert np.all(after < before)
     assert refit.config == sparse.config and refit.parameter("blocks.1.mlp.up.kernel").shape == (32, 64)
     site = "blocks.1.attn.q.inputs.0.threshold"
     np.testing.assert_array_equal(refit.parameter(site), sparse.parameter(site))
@@ -76,7 +102,7 @@ def test_every_block_comes_nearer_to_its_dense_output(model):
 
 def test_units_chosen_by_their_gate_are_made_up_for(model):
     sparse = run_recipe([Cats(0.5)], model, work())
-    refit = run_recipe([Cats(0.5), Refit(0.01)], model, work())
+    refit = run_recipe([Cats(0.5), Refit()], model, work())
     assert np.all(block_errors(refit, model, TOKENS) < block_errors(sparse, model, TOKENS))
 
 
@@ -89,17 +115,16 @@ def test_only_named_maps_change_and_a_dense_model_stays_as_it_is(model):
 
 
 def test_the_first_position_keeps_its_outliers(model):
-    """All else being lost in it, what the first position gives is fitted best."""
     tokens = TOKENS.copy()
     tokens[:, 0] = 7
-    sparse, refit = (run_recipe([drop(0.8), *more], model, work(tokens)) for more in ((), (Refit(0.01),)))
+    sparse, refit = (run_recipe([drop(0.8), *more], model, work(tokens)) for more in ((), (Refit(),)))
 
     def first(one):
         blocks, whole = Blocks(one), Blocks(model)
         h = blocks.embed(tokens[:1, :1])
         return float(jnp.sum(jnp.square(blocks.run(0, h)[0] - whole.run(0, h)[0])))
 
-    assert first(refit) < 0.1 * first(sparse)
+    assert first(refit) < 0.3 * first(sparse)
 
 
 def test_an_interrupted_refit_goes_on_to_the_same_weights(model, tmp_path):
@@ -121,8 +146,8 @@ def test_the_recipe_follows_any_other():
 
 
 def test_what_cannot_be_refitted_is_refused(model):
-    with pytest.raises(ConfigError, match="refit: damping = 0: must be positive"):
-        Refit(0).check(model.config)
+    with pytest.raises(ConfigError, match=r"calibration\.sequences = 1: must be at least 2"):
+        run_recipe([drop(), Refit()], model, work(TOKENS[:1]))
     with pytest.raises(ConfigError, match="names no site"):
         Refit(sites="blocks.*.mlp.gone").check(model.config)
     with pytest.raises(ConfigError, match=r"refit: blocks.0.attn.q = .*low_rank_residual.*: is what the map multiplies"):

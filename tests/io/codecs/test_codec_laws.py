@@ -1,0 +1,168 @@
+"""What holds of every codec: words unpack to their codes, a kernel comes back bit for bit, and so do its tensors."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsejax.io import ggml_blocks
+from sparsejax.io.codecs import ggml
+from sparsejax.io.codecs.affine import from_words, words
+from sparsejax.io.codecs.bitsandbytes import BitsAndBytes
+from sparsejax.io.codecs.stores import EXPORTS, READERS
+from sparsejax.ops.formats.spec import FormatSpec
+from sparsejax.plugs import ConfigError
+from sparsejax.quantized_arrays import qtensor
+
+SHAPE = (64, 32)
+GPTQ = ("int4:full15,group=32", "int4:asym,group=48,ragged=tail", "int3:narrow,scale=f16", "int2:asym,group=16,scale=bf16",
+        "int8:asym,group=16")  # fmt: skip
+TENSORS = (
+    "int4:full15,group=32", "int4:asym,group=16", "int3:asym,scale=f32", "int4:tensor", "int8", "int8:asym", "int8:asym,tensor",
+    "int8:group=16,scale=bf16", "fp8_e4m3", "fp8_e4m3:tensor,scale=bf16", "fp8_e4m3:block=24x16,ragged=tail,scale=f32", "mxfp4",
+    "nvfp4",
+)  # fmt: skip
+CASES = [
+    *(("gptq_v2", text) for text in GPTQ),
+    ("gptq", GPTQ[0]),
+    ("gptq", GPTQ[1]),
+    *(("awq", text) for text in ("int4:asym,group=16", "int4:asym,scale=f16", "int4:narrow,group=32")),
+    *(("compressed-tensors", text) for text in TENSORS),
+    *(("bitsandbytes", text) for text in ("nf4:group=64", "nf4:group=16,double", "fp4_bnb:group=32,scale=f32")),
+]
+
+
+@functools.cache
+def quantizer(text):
+    return jax.jit(lambda w: qtensor(w, FormatSpec.parse(text)))
+
+
+def weight(seed):
+    """Numbers of many sizes, not centred, so that zeros differ; no group is of one sign."""
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=SHAPE) * np.exp(2 * rng.normal(size=(1, SHAPE[1]))) * (1 + (rng.random(SHAPE) < 0.3))
+    w[::8], w[1::8] = np.abs(w[::8]), -np.abs(w[1::8])
+    return jnp.asarray(w, jnp.float32)
+
+
+def store_for(kind, spec):
+    fitting = BitsAndBytes.fitting if kind == "bitsandbytes" else EXPORTS[kind]
+    return fitting({"model.layers.0.x": spec}, ())
+
+
+@pytest.mark.parametrize(("kind", "text"), CASES)
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_kernel_comes_back_bit_for_bit(kind, text, seed):
+    tensor = quantizer(text)(weight(seed))
+    store = store_for(kind, tensor.spec)
+    parts = store.encode("x", tensor)
+    assert set(parts) <= set(store.suffixes) and store.mark in parts
+    reader = READERS[kind.removesuffix("_v2")](store.document(), "config.json")
+    assert reader.shape("x", parts) == SHAPE[::-1]
+    again = reader.decode("x", parts, jnp.float32)
+    again.check("x")
+    np.testing.assert_array_equal(again.dequantize(), tensor.dequantize())
+    if kind != "awq" or tensor.spec.symmetric == "asym":
+        np.testing.assert_array_equal(again.codes, tensor.codes)
+        assert again.nbytes == tensor.nbytes
+    once_more = reader.encode("x", again)
+    jax.tree.map(np.testing.assert_array_equal, once_more, parts)
+
+
+@pytest.mark.parametrize("name", ggml.NAMES)
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_blocks_hold_a_kernel_bit_for_bit(name, seed):
+    tensor = quantizer(ggml.NAMES[name])(weight(seed))
+    kind, data = ggml.encode("x", tensor)
+    assert kind == name
+    np.testing.assert_array_equal(ggml_blocks.decode(name, data.ravel()).reshape(SHAPE[::-1]).T, tensor.dequantize())
+    again = ggml.decode("x", name, data, SHAPE[0], jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(tensor))
+
+
+@settings(max_examples=30, deadline=None)
+@given(bits=st.integers(2, 8), count=st.sampled_from([1, 10, 32, 33]), seed=st.integers(0, 99))
+def test_words_unpack_to_their_codes(bits, count, seed):
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (2, count)).astype(np.uint8)
+    stored = words(codes, bits)
+    assert stored.dtype == np.int32 and stored.shape == (2, -(-count * bits // 32))
+    np.testing.assert_array_equal(from_words(stored, bits, count), codes)
+    number = sum(int(code) << bits * place for place, code in enumerate(codes[1]))
+    assert int.from_bytes(stored[1].tobytes(), "little") == number
+
+
+REFUSED = [
+    ("gptq", "int4:narrow", "scale of int4 = 'f32': allowed are 'f16', 'bf16'"),
+    ("gptq", "int5:full15,group=32", "element of int5.*allowed are 'int2', 'int3', 'int4', 'int8'"),
+    ("gptq", "int4:asym,group=32,zero=float", "zero of .*allowed is 'int'"),
+    ("gptq", "int4:group=8,axis=-1", "axis of .*allowed is -2"),
+    ("gptq", "int4:tensor,scale=f16", "allowed are channel and group"),
+    ("awq", "int8:asym,group=32", "allowed are 'int4'"),
+    ("awq", "nf4:group=32", "element of nf4"),
+    ("compressed-tensors", "nf4:group=32", "compressed-tensors has int2 to int8, fp8_e4m3, mxfp4 and nvfp4"),
+    ("compressed-tensors", "mxint8", "scale of mxint8 = 'e8m0'"),
+    ("compressed-tensors", "fp8_e4m3:token", "granularity of .*allowed are 'tensor', 'channel', 'block'"),
+    ("compressed-tensors", "mxfp4:axis=-1", "groups lie along the inputs"),
+    ("compressed-tensors", "fp4_e2m1:group=32", "allowed are 'mxfp4', 'nvfp4'"),
+    ("bitsandbytes", "nf4:group=32,scale=f16", "scale of .*allowed are 'f32'"),
+    ("bitsandbytes", "nf4:channel", "allowed are groups along the inputs"),
+    ("bitsandbytes", "int4", "element of int4"),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "message"), REFUSED)
+def test_a_format_that_cannot_be_represented_is_refused_by_name(kind, text, message):
+    tensor = quantizer(text)(weight(0))
+    with pytest.raises(ConfigError, match=message) as caught:
+        store_for(kind, tensor.spec).encode("model.layers.0.x", tensor)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("q4_1:group=16", "Q4_1 has group=32"), ("int5:group=32,scale=bf16", "to be Q5_0 = 'bf16': allowed are 'f16'"),
+     ("int4:asym,group=32", "zero of .*allowed are 'min'"), ("nf4:group=32", "allowed are 'q4_0'"), ("q4_0:axis=-1", "is -2")],
+)  # fmt: skip
+def test_a_format_without_blocks_is_refused_by_name(text, message):
+    with pytest.raises(ConfigError, match=message):
+        ggml.block_type(FormatSpec.parse(text), "x")
+    assert ggml.block_type(FormatSpec.parse("int4:narrow,group=32"), "x") == "Q4_0"  # another rule of rounding, the same codes
+
+
+def test_a_zero_of_zero_is_for_version_2_alone():
+    tensor = quantizer("int4:asym,group=32")(jnp.abs(weight(0)))
+    with pytest.raises(ConfigError, match="a zero = 0: .*allowed is gptq_v2"):
+        store_for("gptq", tensor.spec).encode("x", tensor)
+    store = store_for("gptq_v2", tensor.spec)
+    parts = store.encode("x", tensor)
+    np.testing.assert_array_equal(store.decode("x", parts, jnp.float32).dequantize(), tensor.dequantize())
+    with pytest.raises(ConfigError, match="a stored zero = 15: .*allowed are 0 to 14"):
+        dataclasses.replace(store, version=1).decode("x", {**parts, "qzeros": np.full_like(parts["qzeros"], -1)}, jnp.float32)
+
+
+def test_activation_order_is_refused_and_what_only_names_it_is_not():
+    tensor = quantizer("int4:full15,group=32")(weight(0))
+    store = store_for("gptq", tensor.spec)
+    parts = store.encode("x", tensor)
+    with pytest.raises(ConfigError, match="out of the order of their groups"):
+        store.decode("x", {**parts, "g_idx": parts["g_idx"][::-1]}, jnp.float32)
+    assert READERS["gptq"]({**store.document(), "desc_act": True}, "c").decode("x", parts, jnp.float32).spec == tensor.spec
+
+
+@pytest.mark.parametrize(("kind", "text"), [CASES[0], CASES[7], CASES[10], CASES[11], CASES[18], CASES[21], CASES[24]])
+def test_a_part_that_is_missing_or_misshapen_is_named(kind, text):
+    tensor = quantizer(text)(weight(0))
+    store = store_for(kind, tensor.spec)
+    parts = store.encode("x", tensor)
+    for suffix, array in parts.items():
+        halved = {**parts, suffix: array.reshape(-1)[: array.size // 2]}
+        for changed in ({name: one for name, one in parts.items() if name != suffix}, halved):
+            with pytest.raises(ConfigError, match=r"^x[.:]"):
+                store.decode("x", changed, jnp.float32)

@@ -3,6 +3,7 @@
     python -m experiments.train --config configs/qat_int8_tiny.py --out runs/qat
     python -m experiments.export --model runs/qat --out runs/qat_packed               # ours, weights at their true bits
     python -m experiments.export --model smollm2-135m --format hf --out runs/smollm2  # for Hugging Face transformers
+    python -m experiments.export --model runs/int4 --format gptq --out runs/gptq        # quantized maps, as others read them
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from sparsejax.plugs import check
 class Flags:
     model: str = entry.flag("", "name or path of the model")
     out: str = entry.flag("", "new folder")
-    format: str = entry.flag("model", "model (ours) or hf (safetensors, config.json, tokenizer and model card)")
+    format: str = entry.flag(
+        "model", "model (ours), hf (safetensors, config.json, tokenizer and model card), or hf with quantized maps: "
+        "compressed-tensors, gptq, gptq_v2, awq"
+    )  # fmt: skip
     dtype: str = entry.flag("float32", "float32 or bfloat16: of matrices, embeddings and biases")
 
 

@@ -11,12 +11,14 @@ import numpy as np
 
 from sparsejax.compress.export_run import export_run
 from sparsejax.io import export_hf, model_folder
+from sparsejax.io.codecs.stores import EXPORTS
 from sparsejax.io.hub import resolve
 from sparsejax.io.load import load
 from sparsejax.io.model import Model
 from sparsejax.plugs import ConfigError, check, check_choice
+from sparsejax.quantized_arrays import QTensor
 
-FORMATS = ("model", "hf")
+FORMATS = ("model", "hf", *EXPORTS)
 
 
 def export_model(name: str, out: str, *, format: str = "model", dtype: str = "float32", command: str = "") -> dict[str, Any]:
@@ -25,8 +27,9 @@ def export_model(name: str, out: str, *, format: str = "model", dtype: str = "fl
     Args:
       name: what `--model` resolves.
       out: the folder.
-      format: `model` (ours: packed weights stay packed, and a run trained with quantized weights is packed now) or `hf`
-        (safetensors, config.json, tokenizer, generation config and model card, for Hugging Face transformers).
+      format: `model` (ours: packed weights stay packed, and a run trained with quantized weights is packed now), `hf`
+        (safetensors, config.json, tokenizer, generation config and model card, for Hugging Face transformers), or such a folder
+        with its quantized maps as `compressed-tensors`, `gptq`, `gptq_v2` or `awq` have them.
       dtype: of matrices, embeddings and biases.
       command: the command line, for the model card.
     Raises:
@@ -38,8 +41,9 @@ def export_model(name: str, out: str, *, format: str = "model", dtype: str = "fl
     if format == "model" and located.kind == "run" and model.config.weights:
         check(dtype == "float32", "--dtype", dtype, "a run is packed as it was trained, in float32")
         return {"model": name, "format": format, "dtype": dtype, **export_run(located.path, out)}
-    if format == "hf":
-        exported = export_hf.write_hf(model, out, command=command, results=measured(located.path))
+    if format != "model":
+        store = "" if format == "hf" else format
+        exported = export_hf.write_hf(model, out, store=store, command=command, results=measured(located.path))
         print("\n".join(export_hf.describe(model.config, exported, out)))
         about = {"family": exported.family, "files": exported.files, "notes": exported.notes, "bytes": exported.weight_bytes}
     else:
@@ -72,13 +76,24 @@ def measured(path: Path) -> list[tuple[str, str]]:
 
 
 def require_same_values(model: Model, again: Model, where: str) -> None:
-    """Raise unless both models hold the same parameters bit for bit."""
-    ours, theirs = (jax.tree_util.tree_flatten_with_path(m.values)[0] for m in (model, again))
+    """Raise unless both models hold the same parameters bit for bit; of quantized ones the numbers that they stand for."""
+    ours, theirs = (jax.tree_util.tree_flatten_with_path(m.values, is_leaf=_is_quantized)[0] for m in (model, again))
     same_places = [path for path, _ in ours] == [path for path, _ in theirs]
     differing = [
         jax.tree_util.keystr(path, simple=True, separator=".")
         for (path, a), (_, b) in zip(ours, theirs, strict=False)
-        if a.dtype != b.dtype or not np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True)
+        if a.dtype != b.dtype or not np.array_equal(_numbers(a), _numbers(b), equal_nan=True)
     ]
     if not same_places or differing:
         raise ConfigError(f"{where}: what was written does not read back the same: {', '.join(differing[:8])}")
+
+
+def _is_quantized(value: Any) -> bool:
+    return isinstance(value, QTensor)
+
+
+def _numbers(value: Any) -> np.ndarray:
+    return np.asarray(_dequantized(value) if _is_quantized(value) else value)
+
+
+_dequantized = jax.jit(QTensor.dequantize)

@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 from sparsejax import plugs
 from sparsejax.data.tokenizers import ByteCodec, LibraryCodec, Tokenizer
 from sparsejax.io import sparsity_config
+from sparsejax.io.codecs.stores import EXPORTS, KEY
 from sparsejax.io.family import Family
 from sparsejax.io.model import Model
 from sparsejax.io.model_folder import claim, write_texts
 from sparsejax.io.safetensors_file import write_safetensors
-from sparsejax.io.weights_out import plan_tensors
+from sparsejax.io.weights_out import plan_tensors, quantized_maps
 from sparsejax.layers.op import FIELDS
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.sizes import parameter_counts
-from sparsejax.plugs import ConfigError
+from sparsejax.plugs import ConfigError, check_choice
 
 PACKAGES = ("jax", "flax", "safetensors", "tokenizers")
 
@@ -37,26 +38,34 @@ class Exported(NamedTuple):
     notes: list[str]
 
 
-def write_hf(model: Model, folder: Path | str, *, command: str = "", results: Sequence[tuple[str, str]] = ()) -> Exported:
+def write_hf(
+    model: Model, folder: Path | str, *, store: str = "", command: str = "", results: Sequence[tuple[str, str]] = ()
+) -> Exported:
     """Write a model into a new or empty folder.
 
     Args:
-      model: with plain (not packed) parameters, in whose dtypes it is stored.
+      model: with plain (not packed) parameters, in whose dtypes it is stored; with a `store`, kernels may be QTensors.
       folder: the target.
+      store: of `io.codecs.stores.EXPORTS`: how quantized kernels are stored; empty: there are none.
       command: the command line, for the model card.
       results: (what, value) rows of the card's table.
     Raises:
-      ConfigError: no published family can express the config (says which field for each that comes near), packed weights, or a
-        folder that is in use.
+      ConfigError: no published family can express the config (says which field for each that comes near), packed weights that
+        the store does not hold, or a folder that is in use.
     """
     dense = model.with_rules()
     family, published = family_for(dense)
     published = {"architectures": [family.architecture], **_special_ids(model), **published, "dtype": model.config.dtype}
-    plan = plan_tensors(dense.config, family, dense.structure, dense.values)
+    chosen = None
+    if store:
+        check_choice("--format", store, EXPORTS)
+        chosen = EXPORTS[store](*quantized_maps(dense.config, family, dense.structure, dense.values))
+        published[KEY] = chosen.document()
+    plan = plan_tensors(dense.config, family, dense.structure, dense.values, chosen)
     arrays = sparsity_config.arrays_of_ops(model)
     documents: dict[str, Any] = {"config.json": published, **_tokenizer_documents(model)}
     extra = sparsity_config.written(model.config)
-    notes: list[str] = []
+    notes = [f"The linear maps are quantized, stored as {store}; config.json says how."] if store else []
     if extra is not None:
         documents[sparsity_config.NAME] = extra
         beside = f", what they were fitted to in {sparsity_config.ARRAYS}" if arrays else ""

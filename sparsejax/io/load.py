@@ -12,6 +12,8 @@ from sparsejax import config_text
 from sparsejax.data import tokenizers
 from sparsejax.data.tokenizers import Tokenizer
 from sparsejax.io import gguf_model, model_folder, model_json, onnx_file, onnx_layouts, sparsity_config
+from sparsejax.io.codecs.store import PackedSource
+from sparsejax.io.codecs.stores import store_of, without_quantization
 from sparsejax.io.family import family_of
 from sparsejax.io.gguf import open_gguf
 from sparsejax.io.gguf_tokenizer import tokenizer_from_gguf
@@ -55,7 +57,7 @@ def config_of(name_or_path: str) -> ModelConfig:
         return config_text.from_values(model_json.read(located.path).config, ModelConfig, str(located.path / "model.json"))
     published: Mapping[str, Any]
     if located.kind == "hf":
-        published = read_hf(located.path).config
+        published = without_quantization(read_hf(located.path).config)
     elif located.kind == "gguf":
         published, _ = gguf_model.as_hf(open_gguf(located.path))
     else:
@@ -82,7 +84,11 @@ def _load_hf(located: Located, dtype: str, mesh: Mesh | None) -> Model:
     if sentence:
         about["sentence_embedding"] = sentence
     tokenizer = _hf_tokenizer(files)
-    loaded = _published(located, files.config, open_safetensors(located.path), about, dtype, mesh)
+    source: TensorSource = open_safetensors(located.path)
+    store = store_of(files.config, str(located.path))
+    if store is not None:
+        source, about["quantization"] = PackedSource(source, store), store.document()
+    loaded = _published(located, without_quantization(files.config), source, about, dtype, mesh)
     return dataclasses.replace(loaded, tokenizer=tokenizer, chat_template=files.chat_template)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import fnmatch
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from sparsejax import nnx_compat
+from sparsejax.io import packed_weights
+from sparsejax.io.codecs.store import PackedSource
 from sparsejax.io.family import Family
-from sparsejax.io.name_map import Entry, Slot, expand, parameter_slots
+from sparsejax.io.name_map import Entry, Slot, Stacked, expand, parameter_slots
 from sparsejax.io.tensors import TensorInfo, TensorSource
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.transformer import Transformer
@@ -37,12 +40,12 @@ def load_values(
     Args:
       config: finalized, `family.to_config`'s.
       family: whose names the tensors have.
-      source: the checkpoint.
+      source: the checkpoint; maps of a `PackedSource` become QTensors.
       dtype: of matrices, embeddings and biases; norms, scales and routers are float32.
       mesh: where the parameters go, by the rules of `sparsejax.parallel`; None: the default device.
     Raises:
       ConfigError: tensors that are missing, that nothing reads, of a wrong shape or no float type, that hold NaN, or a tied
-        head that differs from the embedding; all of a kind are listed by name.
+        head that differs from the embedding, quantized maps that no QTensor can hold; all of a kind are listed by name.
     """
     layers, stored = config.num_layers + config.encoder_layers, len(source.tensors)
     check(layers <= stored, f"{source.path}: layers", layers, f"more than the {stored} tensors of the file")
@@ -52,6 +55,8 @@ def load_values(
     names = Names(family, source)
     check_names(names, entries)
     check_shapes(names, entries, slots, shapes)
+    packed = {name for one in entries for name in one.theirs if names.is_packed(name)}
+    names.fail("quantized maps that cannot be held as they are stored", packed_weights.misplaced(entries, slots, packed))
     filler = _Filler(structure, shapes, dtype, mesh)
     for group in _groups(entries, slots, shapes):
         filler.fill(group, slots, names)
@@ -89,11 +94,23 @@ class Names:
     def read(self, name: str) -> np.ndarray:
         return self.source.read(self.stored[name])
 
+    def is_packed(self, name: str) -> bool:
+        return isinstance(self.source, PackedSource) and self.source.is_packed(self.stored.get(name, ""))
+
+    def packed(self, name: str, dtype: np.dtype) -> Any:
+        """The QTensor [in, out] of a quantized map."""
+        assert isinstance(self.source, PackedSource)
+        return self.source.packed(self.stored[name], dtype)
+
     def without(self, names: Iterable[str]) -> list[str]:
-        """Stored names beyond these and the family's ignored ones."""
+        """Stored names beyond these, the family's ignored ones, and the biases of zeros that AutoGPTQ adds to every map."""
         known, ignored = set(names), self.family.ignored
-        extra = {full: stored for full, stored in self.stored.items() if full not in known}
+        extra = {full: stored for full, stored in self.stored.items() if full not in known and not self._is_empty_bias(full)}
         return [stored for full, stored in extra.items() if not any(fnmatch.fnmatchcase(full, glob) for glob in ignored)]
+
+    def _is_empty_bias(self, name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        return leaf == "bias" and self.is_packed(f"{module}.weight") and not self.read(name).any()
 
     def fail(self, problem: str, names: Sequence[str]) -> None:
         """Raise a ConfigError that lists the names, if there are any."""
@@ -177,6 +194,9 @@ class _Filler:
         self.values: dict[str, Any] = {}
 
     def fill(self, group: list[Entry], slots: dict[str, Slot], names: Names) -> None:
+        if any(names.is_packed(name) for one in group for name in one.theirs):
+            self._fill_packed(group, slots, names)
+            return
         leaves = {slots[name].path: _Leaf(*self._place(slots[name].path)) for one in group for name in one.ours}
         for one in group:
             if present(one, names):
@@ -188,6 +208,24 @@ class _Filler:
                 names.fail("NaN in", list(one.theirs) if bad else [])
         for path, leaf in leaves.items():
             nnx_compat.put(self.values, path, leaf.finish())
+
+    def _fill_packed(self, group: list[Entry], slots: dict[str, Slot], names: Names) -> None:
+        """One parameter, all of whose layers are quantized."""
+        rows = {}
+        for one in group:
+            rows[slots[one.ours[0]].row] = tensors = [names.packed(name, self.dtype) for name in one.theirs]
+            holding = zip(one.theirs, map(packed_weights.holds_nan, tensors), strict=True)
+            names.fail("NaN in", [name for name, bad in holding if bad])
+        whole = packed_weights.joined(rows, experts=isinstance(group[0].layout, Stacked))
+        theirs = [name for one in group for name in one.theirs]
+        names.fail("maps of one stack in formats that differ", theirs if whole is None else [])
+        path = slots[group[0].ours[0]].path
+        nnx_compat.put(self.values, path, jax.tree.map(functools.partial(self._sharded, self.weights[path].axes), whole))
+
+    def _sharded(self, axes: Any, part: jax.Array) -> jax.Array:
+        if self.mesh is None:
+            return part
+        return jax.device_put(part, jax.NamedSharding(self.mesh, rules.spec_for(axes, part.shape, self.mesh)))
 
     def _place(self, path: Path) -> tuple[tuple[int, ...], np.dtype, Sharding]:
         weight, shape = self.weights[path], nnx_compat.at(self.shapes, path).shape

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsejax.io.codecs.host import bitstream, from_bitstream, held
+from sparsejax.io.codecs.host import bitstream, from_bitstream, held, spread_out
 from sparsejax.ops.formats.grids import INTEGERS
 from sparsejax.ops.formats.scales import STORED
 from sparsejax.ops.formats.spec import FormatSpec
@@ -58,12 +58,12 @@ def check_integers(spec: FormatSpec, field: str, bits: Sequence[int], scales: Se
 def affine(tensor: QTensor) -> Affine:
     """The integers of one kernel of a format that passes `check_integers`."""
     spec, bits = tensor.spec, tensor.spec.bits
-    codes = np.asarray(tensor.unpacked())[: tensor.shape[0]]
+    codes, zero = spread_out(tensor)
+    codes = codes[: tensor.shape[0]]
     if spec.symmetric != "asym":
         codes = (codes + np.int16(2 ** (bits - 1))).astype(np.uint8)
-    zero = tensor.qparams.zero
     group = spec.size[0] if spec.granularity == "group" else 0
-    return Affine(codes, np.asarray(tensor.scale), None if zero is None else np.asarray(zero), bits, group)
+    return Affine(codes, np.asarray(tensor.scale), zero, bits, group)
 
 
 def tensor_of(integers: Affine, dtype: Any, field: str) -> QTensor:

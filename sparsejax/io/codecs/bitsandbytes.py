@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.io.codecs.host import held
+from sparsejax.io.codecs.host import held, spread_out
 from sparsejax.io.codecs.store import Parts, known_keys, need
 from sparsejax.ops.formats.spec import DOUBLE_BLOCK, FormatSpec
 from sparsejax.ops.formats.tables import DYNAMIC_8, FP4_BNB, NF4
@@ -90,7 +90,7 @@ class BitsAndBytes:
         name = _type_of(tensor.spec, module)
         (rows, columns), size = tensor.shape, tensor.spec.size[0]
         check(rows % size == 0 and rows % 2 == 0, f"{module}: inputs", rows, f"allowed are even multiples of {size}")
-        codes = np.asarray(tensor.unpacked()).T.reshape(-1, 2)
+        codes = spread_out(tensor)[0].T.reshape(-1, 2)
         state: dict[str, Any] = {"quant_type": name, "blocksize": size, "dtype": str(tensor.dtype), "shape": [columns, rows]}
         parts = {
             "weight": (codes[:, 0] << 4 | codes[:, 1])[:, None],

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsejax.io.codecs.host import held
+from sparsejax.io.codecs.host import held, spread_out
 from sparsejax.io.ggml_blocks import BY_NAME
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import check, check_choice
@@ -50,7 +50,7 @@ def encode(field: str, tensor: QTensor) -> tuple[str, np.ndarray]:
     rows, columns = tensor.shape
     check(rows % SIZE == 0, f"{field}: inputs", rows, f"allowed are multiples of {SIZE}: {name} has whole blocks")
     bits = tensor.spec.bits
-    codes = np.asarray(tensor.unpacked())[:rows].T.reshape(columns, -1, SIZE)
+    codes = spread_out(tensor)[0][:rows].T.reshape(columns, -1, SIZE)
     parts = [_bytes_of(tensor.scale)]
     if tensor.zero is not None:
         parts.append(_bytes_of(tensor.zero))

@@ -90,10 +90,11 @@ class Gptq:
     def decode(self, module: str, parts: Parts, dtype: Any) -> QTensor:
         columns, rows = self.shape(module, parts)
         check(columns * self.bits % 32 == 0, f"{module}: outputs", columns, f"no whole words of {self.bits} bits")
-        check_order(need(parts, "g_idx", module, np.int32, (rows,)), self.group, f"{module}.g_idx")
         groups = -(-rows // self.group) if self.group else 1
         codes = from_words(parts["qweight"].T, self.bits, rows).T
         stored = need(parts, "qzeros", module, np.int32, (groups, columns * self.bits // 32))
+        scale = need(parts, "scales", module, None, (groups, columns))
+        check_order(need(parts, "g_idx", module, np.int32, (rows,)), self.group, f"{module}.g_idx")
         zero = from_words(stored, self.bits, columns)
         if self.version == 1:
             top = 2**self.bits - 1
@@ -103,7 +104,6 @@ class Gptq:
         half = 2 ** (self.bits - 1)
         if self.symmetric:
             check((zero == half).all(), f"{module}.qzeros: zeros", np.unique(zero)[:4].tolist(), f"sym means {half} for all")
-        scale = need(parts, "scales", module, None, (groups, columns))
         return tensor_of(Affine(codes, scale, None if self.symmetric else zero, self.bits, self.group), dtype, module)
 
     def encode(self, module: str, tensor: QTensor) -> dict[str, np.ndarray]:
@@ -135,11 +135,11 @@ def one_format(specs: Mapping[str, FormatSpec], name: str, bits: tuple[int, ...]
     check(specs, f"{name}: quantized maps", 0, "there are none; quantize the model first")
     first = next(iter(specs))
     for module, spec in specs.items():
-        check_integers(spec, module, bits, scales)
-        alike = (spec.bits, spec.granularity, spec.size, spec.symmetric == "asym")
+        alike = (spec.element, spec.granularity, spec.size, spec.symmetric == "asym")
         wanted = specs[first]
-        same = alike == (wanted.bits, wanted.granularity, wanted.size, wanted.symmetric == "asym")
+        same = alike == (wanted.element, wanted.granularity, wanted.size, wanted.symmetric == "asym")
         check(same, f"{module}: format", str(spec), f"{name} has one format for all maps, {first} is {wanted}")
+    check_integers(specs[first], first, bits, scales)
     return specs[first]
 
 

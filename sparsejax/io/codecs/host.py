@@ -1,9 +1,11 @@
-"""QTensors from and to arrays on the host."""
+"""QTensors from and to arrays on the host, each step compiled once per format and shape."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,14 +22,26 @@ def held(
     """The QTensor of codes [in, out] and of parameters as `ops.formats.scales.QParams` has them, in their stored types."""
     zero_, second_, mean_ = (None if part is None else jnp.asarray(part) for part in (zero, second, mean))
     parameters = QParams(jnp.asarray(scale), zero_, second_, mean_)
-    return packed(jnp.asarray(codes), parameters, spec, (codes.shape[0], codes.shape[1]), dtype)
+    return _packed(jnp.asarray(codes), parameters, spec, (codes.shape[0], codes.shape[1]), np.dtype(dtype))
+
+
+def spread_out(tensor: QTensor) -> tuple[np.ndarray, np.ndarray | None]:
+    """Codes, one to an element, filled up where the format says so, and zeros, or None."""
+    codes, zero = _unpacked(tensor)
+    return np.asarray(codes), None if zero is None else np.asarray(zero)
 
 
 def bitstream(codes: np.ndarray, bits: int) -> np.ndarray:
     """uint8[..., bytes] of the low bits of codes, densely, lowest first (`ops.formats.packing`)."""
-    return codes.astype(np.uint8) if bits == 8 else np.asarray(pack_bits(jnp.asarray(codes), bits))
+    return codes.astype(np.uint8) if bits == 8 else np.asarray(_pack_bits(jnp.asarray(codes), bits))
 
 
 def from_bitstream(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
     """uint8[..., count], the inverse."""
-    return stream[..., :count] if bits == 8 else np.asarray(unpack_bits(jnp.asarray(stream), bits, count, signed=False))
+    return stream[..., :count] if bits == 8 else np.asarray(_unpack_bits(jnp.asarray(stream), bits, count))
+
+
+_packed = jax.jit(packed, static_argnums=(2, 3, 4))
+_unpacked = jax.jit(lambda tensor: (tensor.unpacked(), tensor.qparams.zero))
+_pack_bits = jax.jit(pack_bits, static_argnums=1)
+_unpack_bits = jax.jit(functools.partial(unpack_bits, signed=False), static_argnums=(1, 2))

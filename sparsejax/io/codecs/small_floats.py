@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sparsejax.io.codecs.host import bitstream, from_bitstream, held
+from sparsejax.io.codecs.host import bitstream, from_bitstream, held, spread_out
 from sparsejax.io.codecs.scheme import Scheme
 from sparsejax.io.codecs.store import Parts, need
 from sparsejax.ops.formats.scales import STORED
@@ -64,6 +64,6 @@ def encode_fp4(module: str, tensor: QTensor, scheme: Scheme) -> dict[str, np.nda
     """The tensors of a kernel of MXFP4 or NVFP4."""
     rows = tensor.shape[0]
     check(rows % scheme.group == 0, f"{module}: inputs", rows, f"allowed are multiples of {scheme.group}")
-    codes = np.asarray(tensor.unpacked())[:rows]
+    codes = spread_out(tensor)[0][:rows]
     parts = {"weight_packed": bitstream(codes.T, 4), "weight_scale": np.asarray(tensor.scale).T}
     return parts if tensor.second is None else {**parts, "weight_global_scale": np.asarray(tensor.second).reshape(1)}

@@ -1,7 +1,6 @@
 """Quantized Hugging Face folders: loaded as they are stored, exported so that they read back the same, refused by name."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -17,12 +16,13 @@ from sparsejax.io.codecs.bitsandbytes import BitsAndBytes
 from sparsejax.io.export_hf import write_hf
 from sparsejax.io.load import config_of, load
 from sparsejax.io.safetensors_file import open_safetensors
-from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.parallel.config import MeshConfig
 from sparsejax.parallel.mesh import make_mesh
 from sparsejax.plugs import ConfigError
-from sparsejax.quantized_arrays import QTensor, qtensor
+from sparsejax.quantized_arrays import QTensor
+from tests.compress.tiny import tiny_model
 from tests.io import tiny_llama
+from tests.io.quantized import quantized
 
 TOKENS = jnp.arange(8)[None]
 MAP = "model.layers.1.mlp.down_proj"
@@ -33,34 +33,9 @@ def plain(tmp_path_factory):
     return load(str(tiny_llama.write(tmp_path_factory.mktemp("plain") / "m")))
 
 
-@functools.cache
-def quantizer(text):
-    return jax.jit(lambda w: qtensor(w, FormatSpec.parse(text)))
-
-
-def quantized(model, text, sites=""):
-    """The model with the kernels of its blocks in a format, by the map's name where it is a dict."""
-    values: dict = {}
-    for path in model.structure.paths:
-        value, name = nnx_compat.at(model.values, path), ".".join(path)
-        if name.endswith("kernel") and name.startswith("blocks") and sites in name:
-            value = quantizer(text if isinstance(text, str) else text.get(path[-2], "int8"))(value)
-        nnx_compat.put(values, path, value)
-    return dataclasses.replace(model, values=values)
-
-
 def logits(model):
     run = jax.jit(lambda values: nnx_compat.merge(model.structure, values)({"tokens": TOKENS}, Context(mode="prefill"))[0])
     return np.asarray(run(model.values))
-
-
-def changed(folder, **keys):
-    """The folder with other keys in its `quantization_config`; None takes one out."""
-    path = folder / "config.json"
-    document = json.loads(path.read_text())
-    document["quantization_config"] |= keys
-    path.write_text(json.dumps(document))
-    return str(folder)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +50,7 @@ def changed(folder, **keys):
     ],
 )  # fmt: skip
 def test_a_quantized_model_is_exported_and_read_back_bit_for_bit(plain, tmp_path, store, text, parts):
-    model = quantized(plain, text)
+    model = quantized(plain, text, "" if store == "gptq" else "down")
     assert write_hf(model, tmp_path / "out", store=store).notes
     stored = open_safetensors(tmp_path / "out").tensors
     for suffix, described in parts.items():
@@ -87,6 +62,45 @@ def test_a_quantized_model_is_exported_and_read_back_bit_for_bit(plain, tmp_path
     assert isinstance(down, QTensor) and down.codes.shape[0] == 3 and down.dtype == jnp.float32
     assert again.config == plain.config == dataclasses.replace(config_of(str(tmp_path / "out")), residual_dtype="float32")
     require_same_values(model, again, store)
+
+
+def nibble(stored, place):
+    return int(stored) >> 4 * place & 15
+
+
+def gptq_weight(t, k, n):
+    zero = nibble(t["qzeros"][k // 8, n // 8], n % 8) + 1
+    return (nibble(t["qweight"][k // 8, n], k % 8) - zero) * float(t["scales"][k // 8, n])
+
+
+def awq_weight(t, k, n):
+    place = [0, 4, 1, 5, 2, 6, 3, 7][n % 8]
+    difference = nibble(t["qweight"][k, n // 8], place) - nibble(t["qzeros"][k // 8, n // 8], place)
+    return difference * float(t["scales"][k // 8, n])
+
+
+def compressed_weight(t, k, n):
+    difference = nibble(t["weight_packed"][n, k // 8], k % 8) - nibble(t["weight_zero_point"][n // 8, k // 8], n % 8)
+    return difference * float(t["weight_scale"][n, k // 8])
+
+
+@pytest.mark.parametrize(
+    ("store", "text", "weight"),
+    [
+        ("gptq", "int4:full15,group=8", gptq_weight),
+        ("awq", "int4:asym,group=8", awq_weight),
+        ("compressed-tensors", "int4:asym,group=8", compressed_weight),
+    ],
+)
+def test_what_is_written_says_the_same_to_a_reader_written_from_the_card(plain, tmp_path, store, text, weight):
+    model = quantized(plain, text, "down")
+    write_hf(model, tmp_path / "m", store=store)
+    source = open_safetensors(tmp_path / "m")
+    parts = {name.removeprefix(f"{MAP}."): source.read(name) for name in source.tensors if name.startswith(MAP)}
+    kernel = model.values["blocks"]["segments"]["0"]["0"]["mlp"]["down"]["kernel"]
+    expected = np.asarray(jax.tree.map(lambda part: part[1], kernel).dequantize())
+    found = [[weight(parts, k, n) for n in range(16)] for k in range(24)]
+    np.testing.assert_array_equal(np.float32(found), expected)
 
 
 def test_the_verb_exports_what_our_own_folder_holds_packed(plain, tmp_path):
@@ -124,15 +138,18 @@ def test_maps_that_stay_plain_are_named_where_the_store_has_a_place_for_them(pla
         require_same_values(model, load(str(tmp_path / name)), name)
 
 
-def test_a_plain_model_and_an_unknown_store_are_refused(plain, tmp_path):
-    with pytest.raises(ConfigError, match="quantized maps = 0"):
-        write_hf(plain, tmp_path / "m", store="awq")
-    with pytest.raises(ConfigError, match="--format = 'gptqs'.*Did you mean|--format = 'gptqs'"):
-        write_hf(plain, tmp_path / "m", store="gptqs")
+def test_experts_are_maps_of_their_own(tmp_path):
+    mixture = tiny_model(layers=1, width=16, feed_pattern=("moe:experts=4,k=2,hidden=24",))
+    model = quantized(mixture, "int4:asym,group=8", "experts")
+    write_hf(model, tmp_path / "m", store="gptq_v2")
+    document = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    (inside,) = document["modules_in_block_to_quantize"]
+    assert len(inside) == 12 and all(".experts." in name for name in inside)
+    require_same_values(model, load(str(tmp_path / "m")), "m")
 
 
 def test_bitsandbytes_is_read(plain, tmp_path):
-    model = quantized(plain, "nf4:group=8,double")
+    model = quantized(plain, "nf4:group=8,double", "down")
     maps = {f"model.layers.{n}.mlp.down_proj": (n, "down") for n in range(3)}
     kernel = model.values["blocks"]["segments"]["0"]["0"]["mlp"]["down"]["kernel"]
     arrays = {name: array for name, array in tiny_llama.tensors().items() if name.removesuffix(".weight") not in maps}
@@ -145,75 +162,9 @@ def test_bitsandbytes_is_read(plain, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(kernel))
 
 
-@pytest.fixture(scope="module")
-def gptq(plain, tmp_path_factory):
-    """Stored tensors and config of a GPTQ checkpoint."""
-    folder = tmp_path_factory.mktemp("gptq") / "m"
-    write_hf(quantized(plain, "int4:full15,group=8"), folder, store="gptq")
-    source = open_safetensors(folder)
-    document = json.loads((folder / "config.json").read_text())["quantization_config"]
-    return {name: np.array(source.read(name)) for name in source.tensors}, document
-
-
-def refusal(folder):
-    with pytest.raises(ConfigError) as caught:
-        load(str(folder))
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"quant_method": "gptqs"}, "quant_method = 'gptqs': allowed are"),
-        ({"quant_method": "eetq"}, "allowed are 'gptq', 'awq', 'compressed-tensors', 'bitsandbytes'"),
-        ({"bits": 5}, "bits = 5: allowed: 2, 3, 4, 8"),
-        ({"sym": "yes"}, "sym = 'yes'"),
-        ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin': allowed: 'gptq', 'gptq_v2'"),
-        ({"group_size": 16}, "expected (1, 3)"),
-        ({"rotation": "hadamard"}, "rotation = 'hadamard': is not known and may change what the tensors mean"),
-    ],
-)
-def test_a_quantization_config_that_is_not_understood_is_refused_by_key(gptq, tmp_path, keys, message):
-    arrays, document = gptq
-    found = refusal(tiny_llama.write(tmp_path / "m", arrays, quantization_config={**document, **keys}))
-    assert message in found and str(tmp_path) in found
-
-
-def test_tensors_that_do_not_fit_are_refused_by_name(gptq, tmp_path):
-    arrays, document = gptq
-    without = {name: array for name, array in arrays.items() if name != f"{MAP}.scales"}
-    assert f"{MAP}.scales is missing" in refusal(tiny_llama.write(tmp_path / "a", without, quantization_config=document))
-    scales = arrays[f"{MAP}.scales"].copy()
-    scales[0, 0] = np.nan
-    damaged = {**arrays, f"{MAP}.scales": scales}
-    assert f"NaN in: {MAP}.weight" in refusal(tiny_llama.write(tmp_path / "b", damaged, quantization_config=document))
-    mixed = {name: array for name, array in arrays.items() if not name.startswith(f"{MAP}.")}
-    mixed[f"{MAP}.weight"] = np.zeros((16, 24), np.float32)
-    message = refusal(tiny_llama.write(tmp_path / "c", mixed, quantization_config=document))
-    assert f"{MAP}.weight (plain, and model.layers.0.mlp.down_proj.weight, of the same stack" in message
-    narrow = {**arrays, f"{MAP}.qweight": arrays[f"{MAP}.qweight"][:, :8]}
-    assert "wrong shape" in refusal(tiny_llama.write(tmp_path / "d", narrow, quantization_config=document))
-
-
-def test_biases_of_zeros_that_no_map_has_are_dropped_and_others_are_not(gptq, tmp_path):
-    arrays, document = gptq
-    zeros = {**arrays, f"{MAP}.bias": np.zeros(16, np.float16)}
-    load(str(tiny_llama.write(tmp_path / "a", zeros, quantization_config=document)))
-    ones = {**arrays, f"{MAP}.bias": np.ones(16, np.float16)}
-    assert f"reads: {MAP}.bias" in refusal(tiny_llama.write(tmp_path / "b", ones, quantization_config=document))
-
-
-def test_quantized_activations_are_refused(plain, tmp_path):
-    write_hf(quantized(plain, "int8"), tmp_path / "m", store="compressed-tensors")
-    groups = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]["config_groups"]
-    groups["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True, "strategy": "token", "symmetric": True}
-    changed(tmp_path / "m", config_groups=groups)
-    assert "config_groups.group_0: input_activations" in refusal(tmp_path / "m")
-
-
-def test_parts_of_a_map_are_cut_over_a_mesh(gptq, tmp_path):
-    arrays, document = gptq
-    folder = str(tiny_llama.write(tmp_path / "m", arrays, quantization_config=document))
+def test_parts_of_a_map_are_cut_over_a_mesh(plain, tmp_path):
+    write_hf(quantized(plain, "int4:full15,group=8"), tmp_path / "m", store="gptq")
+    folder = str(tmp_path / "m")
     kernels = [load(folder, mesh=mesh).values["blocks"]["segments"]["0"]["0"]["mlp"]["up"]["kernel"]
                for mesh in (None, make_mesh(MeshConfig(fsdp=2, tensor=2, data=2)))]  # fmt: skip
     assert kernels[1].codes.addressable_shards[0].data.size < kernels[1].codes.size

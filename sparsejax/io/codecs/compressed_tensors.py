@@ -195,7 +195,7 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
 def _hits(target: str, module: str) -> bool:
     if target.startswith("re:"):
         return re.match(target.removeprefix("re:"), module) is not None
-    return target in ("Linear", module) or module.endswith(f".{target}")
+    return target in ("Linear", module)
 
 
 def _rank(target: str) -> int:

@@ -26,6 +26,7 @@ STRATEGIES = {
     "nvfp4-pack-quantized": ("tensor_group",),
 }
 _SIZES = {"mxfp4-pack-quantized": 32, "nvfp4-pack-quantized": 16}
+_SCALES = {"mxfp4-pack-quantized": "torch.uint8", "nvfp4-pack-quantized": "torch.float8_e4m3fn"}
 _IGNORED = ("observer", "observer_kwargs", "zp_dtype", "scale_dtype")
 
 
@@ -49,7 +50,7 @@ class Scheme:
 
     def document(self) -> dict[str, Any]:
         """The keys of a group beside its targets."""
-        weights = {
+        weights: dict[str, Any] = {
             "num_bits": self.bits,
             "type": FORMATS[self.format][0],
             "symmetric": self.symmetric,
@@ -59,6 +60,8 @@ class Scheme:
             "dynamic": False,
             "actorder": None,
         }
+        if self.format in _SCALES:
+            weights["scale_dtype"] = _SCALES[self.format]
         return {"format": self.format, "weights": weights, "input_activations": None, "output_activations": None}
 
 

@@ -55,6 +55,7 @@ class CompressedTensors:
         }  # fmt: skip
         known_keys(document, where, known, _IGNORED)
         sparsity = document.get("sparsity_config") or {}
+        check(isinstance(sparsity, dict), f"{where}: sparsity_config", sparsity, "expected an object")
         kind = sparsity.get("format", "dense")
         check(kind == "dense", f"{where}: sparsity_config: format", kind, "allowed: 'dense'")
         groups = document.get("config_groups")
@@ -189,6 +190,11 @@ def _stored(groups: np.ndarray, scheme: Scheme) -> np.ndarray:
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
     check(isinstance(value, list) and all(isinstance(text, str) for text in value), where, value, "expected a list of names")
+    for text in value:
+        try:
+            re.compile(text.removeprefix("re:") if text.startswith("re:") else "")
+        except re.error as error:
+            raise ConfigError(f"{where} = {text!r}: no pattern ({error})") from error
     return tuple(value)
 
 

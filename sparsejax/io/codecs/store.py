@@ -85,7 +85,8 @@ def known_keys(document: Mapping[str, Any], where: str, known: Mapping[str, tupl
     for key, value in document.items():
         if key in known:
             allowed = known[key]
-            check(not allowed or value in allowed, f"{where}: {key}", value, f"allowed: {', '.join(map(repr, allowed))}")
+            fits = not allowed or any(type(value) is type(one) and value == one for one in allowed)  # 4.0 is no number of bits
+            check(fits, f"{where}: {key}", value, f"allowed: {', '.join(map(repr, allowed))}")
         else:
             rule = "is not known and may change what the tensors mean; remove the key if it does not"
             check(key in ignored or not value, f"{where}: {key}", value, rule)

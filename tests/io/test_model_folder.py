@@ -228,3 +228,11 @@ def test_a_config_that_no_family_expresses_is_refused_with_the_reasons(model, tm
     odd = dataclasses.replace(model, config=dataclasses.replace(model.config, head_softcap=3.0), source={})
     with pytest.raises(ConfigError, match="no published family can express"):
         export_hf.write_hf(odd, tmp_path / "hf")
+
+
+def test_packed_weights_of_a_run_are_exported_where_the_store_holds_them(packed, tmp_path):
+    exported = export_hf.write_hf(packed, tmp_path / "hf", store="compressed-tensors")
+    assert "sparsity_config.json" in exported.files  # the rule that trained them
+    again = load(str(tmp_path / "hf"))
+    assert again.config.weights == packed.config.weights
+    np.testing.assert_array_equal(logits(again), logits(packed))

@@ -162,10 +162,13 @@ def test_bitsandbytes_is_read(plain, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(kernel))
 
 
-def test_parts_of_a_map_are_cut_over_a_mesh(plain, tmp_path):
+def test_parts_of_a_map_are_cut_over_a_mesh_and_computed_with_in_any_type(plain, tmp_path):
     write_hf(quantized(plain, "int4:full15,group=8"), tmp_path / "m", store="gptq")
     folder = str(tmp_path / "m")
     kernels = [load(folder, mesh=mesh).values["blocks"]["segments"]["0"]["0"]["mlp"]["up"]["kernel"]
                for mesh in (None, make_mesh(MeshConfig(fsdp=2, tensor=2, data=2)))]  # fmt: skip
     assert kernels[1].codes.addressable_shards[0].data.size < kernels[1].codes.size
     jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, kernels))
+    half = load(folder, dtype="bfloat16").values["blocks"]["segments"]["0"]["0"]["mlp"]["up"]["kernel"]
+    assert half.dtype == jnp.bfloat16 and half.dequantize().dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half.codes, kernels[0].codes)

@@ -26,15 +26,17 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from sparsejax.compress.calibration import Calibration
+from sparsejax.compress.pieces import flattened, restored
 from sparsejax.evaluate.progress import Advance, no_progress
 from sparsejax.io.model import Model
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.sizes import expert_sites
 from sparsejax.plugs import ConfigError, check, check_choice
 
-# Changes of basis and structure; then of the weights' values; then what selects activations; then what makes up for all of it.
-STRUCTURE, WEIGHTS, ACTIVATIONS, COMPENSATION = "structure", "weights", "activations", "compensation"
-STAGES = (STRUCTURE, WEIGHTS, ACTIVATIONS, COMPENSATION)
+# Changes of basis and structure; then of the weights' values; then the formats in which they are stored; then what selects
+# activations; then what makes up for all of it.
+STRUCTURE, WEIGHTS, FORMATS, ACTIVATIONS, COMPENSATION = "structure", "weights", "formats", "activations", "compensation"
+STAGES = (STRUCTURE, WEIGHTS, FORMATS, ACTIVATIONS, COMPENSATION)
 
 
 class Tier(NamedTuple):
@@ -84,22 +86,25 @@ class Work:
     shared: Mapping[int, Path] = field(default_factory=dict)
     number: int = 0  # of the pass that runs
 
-    def piece(self, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """A finished piece of the running pass (say, a block's statistics): read where it was kept, else computed and kept."""
+    def piece(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A finished piece of the running pass (say, a block's statistics): read where it was kept, else computed and kept.
+
+        Values are arrays, or QTensors.
+        """
         folder = self.shared.get(self.number, self.folder)
         if folder is None:
             return compute()
         path = folder / f"{self.number}-{name}.npz"
         if path.exists():
             with np.load(path) as kept:
-                return dict(kept)
-        found = {key: np.asarray(value) for key, value in compute().items()}
+                return restored(kept)
+        found = flattened(compute())
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:
             np.savez(file, **found)  # type: ignore[arg-type]
         os.replace(unfinished, path)
-        return found
+        return restored(found)
 
     def layers(self, title: str, count: int) -> Iterator[int]:
         """0 to count - 1 under a progress bar."""
@@ -120,12 +125,15 @@ class Pass(abc.ABC):
     scope: what its sparsity needs of the evaluation: "all", or "from:0.5" for one that reads a prompt.
     experts: whether it works on a mixture of experts.
     levels_share: whether its finished pieces serve every value of its `sparsity`.
+    changes_floats: whether it changes weights as floats, so that none may be in another format yet; all of the stages before
+      formats do.
     """
 
     stage: ClassVar[str]
     scope: ClassVar[str] = "all"
     experts: ClassVar[bool] = False
     levels_share: ClassVar[bool] = False
+    changes_floats: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -137,6 +145,15 @@ class Pass(abc.ABC):
 
         Raises:
           ConfigError: names the pass, the option and the site.
+        """
+
+    def check_inputs(self, model: Model, calibration: Calibration) -> None:
+        """Refuse weights or a calibration with which it must fail; asked of every pass before the first one works.
+
+        Args:
+          model: before any pass.
+        Raises:
+          ConfigError: names the site, and what would help.
         """
 
     @abc.abstractmethod
@@ -161,6 +178,9 @@ def check_recipe(passes: Sequence[Pass], config: ModelConfig) -> None:
         if STAGES.index(one.stage) < STAGES.index(latest.stage):
             raise ConfigError(f"recipe[{number}] ({one.name}): changes {one.stage} after {latest.name} has fitted "
                               f"{latest.stage}, which would be wrong from then on; put {one.name} first")
+        stored = next((before.name for before in passes[:number] if before.stage == FORMATS), "")
+        check(not (stored and one.changes_floats), f"recipe[{number}] ({one.name}): after", stored,
+              "changes weights as floats, and they are stored in another format by then; leave one of the two out")  # fmt: skip
         latest = one
         try:
             one.check(config)
@@ -190,9 +210,14 @@ def run_recipe(passes: Sequence[Pass], model: Model, work: Work) -> Model:
     """The model after all passes; each finished piece of work is kept in `work.folder`.
 
     Raises:
-      ConfigError: see `check_recipe`.
+      ConfigError: see `check_recipe` and `Pass.check_inputs`.
     """
     check_recipe(passes, model.config)
+    for number, one in enumerate(passes):
+        try:
+            one.check_inputs(model, work.calibration)
+        except ConfigError as error:
+            raise ConfigError(f"recipe[{number}] ({one.name}): {error}") from error
     for number, one in enumerate(passes):
         work.number = number
         model = one.apply(model, work)

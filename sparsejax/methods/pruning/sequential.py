@@ -158,7 +158,7 @@ def kernel_of(model: Model, site: str) -> Float[np.ndarray, "in out"]:
       ConfigError: it is packed.
     """
     kernel = model.parameter(f"{site}.kernel")
-    check(isinstance(kernel, jax.Array), site, type(kernel).__name__, "is packed; prune before quantizing or packing")
+    check(isinstance(kernel, jax.Array), site, type(kernel).__name__, "is packed, and its numbers cannot be changed any more")
     return np.asarray(kernel, np.float32)
 
 

@@ -56,6 +56,7 @@ class Refit(Pass):
 
     sites: str = ALL_MAPS
     stage: ClassVar[str] = COMPENSATION
+    changes_floats: ClassVar[bool] = True
 
     def check(self, config: ModelConfig) -> None:
         for site in maps_of(config, self.sites):

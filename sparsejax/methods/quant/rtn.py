@@ -1,0 +1,60 @@
+"""RTN: every weight rounded to the nearest code of a number format, without looking at data.
+
+The baseline of all quantization of weights; scales as in "Quantizing deep convolutional networks for efficient inference"
+(Krishnamoorthi, 2018, arXiv 1806.08342), with whichever groups, zeros and scale storage the format names:
+
+    q = clip(round(w / s) + z),   w^ = (q - z) s        s, z from the extremes of each group of W[in, out]
+
+Acts on the kernels of linear maps, which become `QTensor`s; experts by themselves. Stochastic rounding (`round=stochastic`)
+draws by `seed`, another number for each map.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import jax
+
+from sparsejax.compress.calibration import Calibration
+from sparsejax.compress.packed import check_format, check_kernels, float_kernel, note_formats, with_qtensors
+from sparsejax.compress.recipe import FORMATS, Pass, Work
+from sparsejax.compress.surgery import sites_of
+from sparsejax.io.model import Model
+from sparsejax.methods.pruning.sequential import ALL_MAPS
+from sparsejax.models.config import ModelConfig
+from sparsejax.ops.formats.spec import FormatSpec
+from sparsejax.quantized_arrays import QTensor, qtensor
+
+
+@dataclass
+class Rtn(Pass):
+    """format: of `FormatSpec.parse`, e.g. "int4:asym,group=64"; sites: the maps; seed: of stochastic rounding."""
+
+    format: str = "int4:asym,group=64"
+    sites: str = ALL_MAPS
+    seed: int = 0
+    stage: ClassVar[str] = FORMATS
+    experts: ClassVar[bool] = True
+
+    def check(self, config: ModelConfig) -> None:
+        check_format(config, sites_of(config, "weights", self.sites), FormatSpec.parse(self.format))
+
+    def check_inputs(self, model: Model, calibration: Calibration) -> None:
+        check_kernels(model, sites_of(model.config, "weights", self.sites))
+
+    def apply(self, model: Model, work: Work) -> Model:
+        spec, key = FormatSpec.parse(self.format), jax.random.key(self.seed)
+        tensors = {}
+        for site in sites_of(model.config, "weights", self.sites):
+            drawn = jax.random.fold_in(key, zlib.crc32(site.encode()))
+            tensors[site] = _rounded(float_kernel(model, site), drawn, spec)
+        note_formats(work, self.name, model, tensors)
+        return with_qtensors(model, tensors)
+
+
+@partial(jax.jit, static_argnums=2)
+def _rounded(kernel: jax.Array, key: jax.Array, spec: FormatSpec) -> QTensor:
+    return qtensor(kernel, spec, key=key if spec.rounding == "stochastic" else None)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparsejax.arrays import dense
 from sparsejax.compress.blocks import INPUTS, Blocks
 from sparsejax.compress.calibration import Calibration
 from sparsejax.compress.recipe import Work
@@ -27,6 +28,7 @@ ALL_MAPS = "blocks.*.{attn,mlp}.*"
 # Tokens of a forward pass while statistics are taken.
 BATCH_TOKENS = 4_096
 
+
 class Statistic(NamedTuple):
     """What is taken of the calibration tensor that enters maps.
 
@@ -40,7 +42,15 @@ class Statistic(NamedTuple):
     fold: Callable[[Any, Mapping[str, Array], Mapping[str, np.ndarray]], Any]
 
 
-Treat = Callable[[str, Float[np.ndarray, "in out"], Any], Float[np.ndarray, "in out"]]
+
+class Scored(NamedTuple):
+    """A new kernel, an array [in, out] or a QTensor, with numbers by name that are kept beside it as `SITE:NAME`."""
+
+    kernel: Any
+    numbers: Mapping[str, float]
+
+
+Treat = Callable[[str, Float[np.ndarray, "in out"], Any], Any]
 
 
 def maps_of(config: ModelConfig, glob: str) -> list[str]:
@@ -53,8 +63,8 @@ def maps_of(config: ModelConfig, glob: str) -> list[str]:
     sites = sites_of(config, "weights", glob)
     inside = [site for site in sites if site.startswith("blocks.") and _tap(site)]
     check(len(inside) == len(sites), "sites", sorted(set(sites) - set(inside))[:4], "are not maps of a dense block")
-    dense = all(feed.partition(":")[0] == "ffn" for feed in config.feed_pattern)
-    check(dense or not any(".mlp." in site for site in sites), "sites", glob,
+    dense_feed = all(feed.partition(":")[0] == "ffn" for feed in config.feed_pattern)
+    check(dense_feed or not any(".mlp." in site for site in sites), "sites", glob,
           f"names maps of {config.feed_pattern}; experts are not pruned, name `blocks.*.attn.*`")
     return sites
 
@@ -111,37 +121,64 @@ def prune_in_order(model: Model, work: Work, sites: Sequence[str], title: str, s
 
 
 def visit_in_order(
-    model: Model, work: Work, sites: Sequence[str], title: str, statistic: Statistic, treat: Treat, *, replace: bool = True
-) -> dict[str, np.ndarray]:
+    model: Model,
+    work: Work,
+    sites: Sequence[str],
+    title: str,
+    statistic: Statistic,
+    treat: Treat,
+    *,
+    replace: bool = True,
+    by_tap: bool = False,
+) -> dict[str, Any]:
     """What `treat` gave for each site, block by block; a piece of `work` by block.
 
     Args:
-      statistic, treat: as in `prune_in_order`.
+      statistic: as in `prune_in_order`.
+      treat: the same, or with a QTensor or a `Scored` as its result.
       replace: what treat gives are the kernels under which the following blocks are fed; else they are fed by the model's own.
+      by_tap: the same within a block: statistics of a tensor are taken when all maps before it have their new kernels, at the
+        price of a pass through the block for each of the (up to four) tensors.
     """
     blocks = Blocks(model)
     batches = [blocks.embed(tokens) for tokens in batches_of(work.calibration)]
 
-    def treat_block(layer: int, here: Sequence[str], batches: Sequence[Array]) -> dict[str, np.ndarray]:
+    def treat_block(layer: int, here: Sequence[str], batches: Sequence[Array]) -> dict[str, Any]:
         kernels = {site: kernel_of(model, site) for site in here}
-        taps = {tap: {site: kernels[site] for site in here if _tap(site) == tap} for tap in map(_tap, here)}
-        totals: dict[str, Any] = dict.fromkeys(taps)
-        for h in batches:
-            _, stats = blocks.run(layer, h, probes=tuple(Probe(tap, statistic.measure) for tap in taps))
-            for tap in taps:
-                measured = {name: stat.value for name, stat in stats[tap].items()}
-                totals[tap] = statistic.fold(totals[tap], measured, taps[tap])
-        return {site: treat(site, kernels[site], totals[_tap(site)]) for site in here}
+        treated: dict[str, Any] = {}
+        reached = [tap for tap in INPUTS if tap in map(_tap, here)]
+        for turn in [[tap] for tap in reached] if by_tap else [reached]:
+            taps = {tap: {site: kernels[site] for site in here if _tap(site) == tap} for tap in turn}
+            values = with_kernels(blocks.values(layer), _kernels_in(treated))
+            totals: dict[str, Any] = dict.fromkeys(taps)
+            for h in batches:
+                _, stats = blocks.run(layer, h, values=values, probes=tuple(Probe(tap, statistic.measure) for tap in taps))
+                for tap in taps:
+                    measured = {name: stat.value for name, stat in stats[tap].items()}
+                    totals[tap] = statistic.fold(totals[tap], measured, taps[tap])
+            for site in (site for tap in taps.values() for site in tap):
+                treated |= _flat(site, treat(site, kernels[site], totals[_tap(site)]))
+        return treated
 
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {}
     for layer in work.layers(title, len(blocks)):
         here = [site for site in sites if site.split(".")[1] == str(layer)]
         treated = work.piece(f"block{layer}", partial(treat_block, layer, here, batches)) if here else {}
         found |= treated
         if layer + 1 < len(blocks):
-            values = with_kernels(blocks.values(layer), treated if replace else {})
+            values = with_kernels(blocks.values(layer), _kernels_in(treated) if replace else {})
             batches = [blocks.run(layer, h, values=values)[0] for h in batches]
     return found
+
+
+def _flat(site: str, result: Any) -> dict[str, Any]:
+    if not isinstance(result, Scored):
+        return {site: result}
+    return {site: result.kernel, **{f"{site}:{name}": np.float64(number) for name, number in result.numbers.items()}}
+
+
+def _kernels_in(treated: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: kernel for name, kernel in treated.items() if ":" not in name}
 
 
 def batches_of(calibration: Calibration) -> list[Array]:
@@ -162,12 +199,12 @@ def kernel_of(model: Model, site: str) -> Float[np.ndarray, "in out"]:
     return np.asarray(kernel, np.float32)
 
 
-def with_kernels(values: dict[str, Any], kernels: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A block's parameters with other kernels, by site."""
+def with_kernels(values: dict[str, Any], kernels: Mapping[str, Any]) -> dict[str, Any]:
+    """A block's parameters with other kernels, by site; QTensors as the numbers that they stand for."""
     values = jax.tree.map(lambda a: a, values)  # new dicts, the same arrays
     for site, kernel in kernels.items():
         _, _, part, name = site.split(".")
-        values[part][name]["kernel"] = jnp.asarray(kernel, values[part][name]["kernel"].dtype)
+        values[part][name]["kernel"] = jnp.asarray(dense(kernel), values[part][name]["kernel"].dtype)
     return values
 
 

@@ -86,11 +86,11 @@ def encode(
     if (rows, columns) != x.shape[-2:]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, columns - x.shape[-1])])
     exact = effective(parameters, spec)
-    scale = _spread(jnp.where(exact == 0, 1, exact), spec, x.shape[-2:])
+    scale = spread(jnp.where(exact == 0, 1, exact), spec, x.shape[-2:])
     x, grid = x.astype(jnp.float32), spec.grid
     if parameters.zero is None:
         return grid.encode(x / scale, spec.rounding, key)
-    zero = _spread(parameters.zero.astype(jnp.float32), spec, x.shape[-2:])
+    zero = spread(parameters.zero.astype(jnp.float32), spec, x.shape[-2:])
     assert isinstance(grid, Integers)
     if spec.zero == "int":
         return grid.encode(x / scale, spec.rounding, key, zero)
@@ -107,11 +107,11 @@ def decode(
       shape: the trailing (rows, columns) of the array; needed where `ragged` is `pad`.
     """
     filled = codes.shape[-2:]
-    scale, numbers = _spread(effective(parameters, spec), spec, filled), spec.grid.decode(codes)
+    scale, numbers = spread(effective(parameters, spec), spec, filled), spec.grid.decode(codes)
     if parameters.zero is None:
         numbers = numbers * scale
     else:
-        zero = _spread(parameters.zero.astype(jnp.float32), spec, filled)
+        zero = spread(parameters.zero.astype(jnp.float32), spec, filled)
         numbers = numbers * scale + zero if spec.zero == "min" else (numbers - zero) * scale
     return numbers if shape is None or shape == filled else numbers[..., : shape[0], : shape[1]]
 
@@ -218,8 +218,13 @@ def _reduced(x: Array, block: tuple[int, int], how: str) -> Array:
     return found / jnp.asarray(counts).reshape((1,) * (found.ndim - 2) + counts.shape)
 
 
-def _spread(groups: Array, spec: FormatSpec, shape: tuple[int, ...]) -> Array:
-    """A value per group as one per entry of a matrix of this shape, or as an array that broadcasts to that."""
+def spread(groups: Array, spec: FormatSpec, shape: tuple[int, ...]) -> Array:
+    """A value per group as one per entry of a matrix of this shape, or as an array that broadcasts to that.
+
+    Args:
+      groups: [..., groups along -2, groups along -1], e.g. `scales.effective`.
+      shape: the trailing (rows, columns).
+    """
     for axis, size, length in zip((-2, -1), spec.block(shape), shape, strict=True):
         if groups.shape[axis] > 1 and size > 1:
             groups = jax.lax.slice_in_dim(jnp.repeat(groups, size, axis=axis), 0, length, axis=axis)

@@ -47,8 +47,8 @@ def check_kernels(model: Model, sites: Iterable[str]) -> dict[str, int]:
     for site in sites:
         kernel = np.asarray(float_kernel(model, site), np.float32)
         bad = np.flatnonzero(~np.isfinite(kernel).all(axis=-1).reshape(-1))
-        check(not len(bad), f"{site}.kernel: input channels", bad[:4].tolist(),
-              "hold NaN or infinities, which no format can store; mend the weights, or leave the site out by `sites`")  # fmt: skip
+        rule = "hold NaN or infinities, which no format can store; mend the weights, or leave the site out by `sites`"
+        check(not len(bad), f"{site}.kernel: input channels", bad[:4].tolist(), rule)
         if count := int((kernel == 0).all(axis=-1).sum()):
             empty[site] = count
     return empty

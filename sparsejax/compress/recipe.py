@@ -147,7 +147,7 @@ class Pass(abc.ABC):
           ConfigError: names the pass, the option and the site.
         """
 
-    def check_inputs(self, model: Model, calibration: Calibration) -> None:
+    def check_inputs(self, model: Model, calibration: Calibration) -> None:  # noqa: B027  (most can work with any)
         """Refuse weights or a calibration with which it must fail; asked of every pass before the first one works.
 
         Args:

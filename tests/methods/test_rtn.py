@@ -1,4 +1,4 @@
-"""Round to nearest, and what every method that quantizes weights shares: kernels replaced by site, pieces, the order of passes."""
+"""Round to nearest, and what all that quantizes weights shares: kernels replaced by site, pieces, the order of passes."""
 
 import functools
 

@@ -3,7 +3,7 @@
 "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (Frantar et al., 2022, arXiv 2210.17323).
 Acts on the kernels of linear maps, which become `QTensor`s; each map is fed by the quantized maps and blocks before it:
 
-    min ||X W - X W^||^2,    H = X^T X / N + lambda I,   lambda = damping * mean diag H,    H^-1 = U^T U     X[N, in], W[in, out]
+    min ||X W - X W^||^2,    H = X^T X / N + lambda I,   lambda = damping * mean diag H,    H^-1 = U^T U   X[N, in], W[in, out]
     q_i = round of row i to the format;   w_j <- w_j - U_ij (w_i - w^_i) / U_ii  for j > i             (`compress.obs`)
 
 so that sum_i ||(w_i - w^_i) / U_ii||^2 = tr (W - W^)^T H (W - W^), the loss that is reported. Scales of a group of inputs are
@@ -131,8 +131,9 @@ class _Rounding:
         self.by_group: dict[int, QParams] = {}
         self.loss = 0.0
         if parameters is not None:
-            self.scales, self.zeros = (np.broadcast_to(part, self.shape) if part is not None else None
-                                       for part in _per_entry(parameters, spec, self.shape))  # fmt: skip
+            scale, zero = _per_entry(parameters, spec, self.shape)
+            self.scales = np.broadcast_to(scale, self.shape)
+            self.zeros = None if zero is None else np.broadcast_to(zero, self.shape)
 
     def __call__(self, rows: np.ndarray, pivots: np.ndarray, first: int) -> Settle:
         if self.fixed is None:
@@ -143,9 +144,9 @@ class _Rounding:
         def settle(i: int, row: np.ndarray) -> np.ndarray:
             number = int(self.sweep.order[first + i])
             if self.fixed is None:
-                mine = (scale, zero)
+                mine = scale, zero
             else:
-                mine = (self.scales[number][None], None if self.zeros is None else self.zeros[number][None])
+                mine = self.scales[number][None], self.zeros[number][None] if self.zeros is not None else None
             codes, values = _nearest(row.astype(np.float32)[None], *mine, _of_rows(self.spec))
             self.codes[number] = np.asarray(codes)[0]
             settled = np.asarray(values, np.float64)[0]
@@ -159,8 +160,9 @@ class _Rounding:
         found = self.fixed
         if found is None:
             parts = [self.by_group[number] for number in sorted(self.by_group)]
-            joined = [None if part[0] is None else jnp.concatenate(part, axis=-2) for part in list(zip(*parts, strict=True))[:2]]
-            found = QParams(joined[0], joined[1], self.second)  # type: ignore[arg-type]
+            zeros = [part.zero for part in parts if part.zero is not None]
+            scale = jnp.concatenate([part.scale for part in parts], axis=-2)
+            found = QParams(scale, jnp.concatenate(zeros, axis=-2) if zeros else None, self.second)
         codes = jnp.asarray(np.stack(self.codes))
         if self.spec.padded(self.shape) != self.shape:
             filled = encode(jnp.zeros(self.shape, jnp.float32), found, self.spec)
@@ -197,7 +199,7 @@ def _nearest(row: Array, scale: Array, zero: Array | None, spec: FormatSpec) -> 
 
 @dataclass
 class Gptq(Pass):
-    """format: of `FormatSpec.parse`; order: of `ORDERS`; damping: of the Hessian; block: inputs per product; sites: the maps."""
+    """format: of `FormatSpec.parse`; order: of `ORDERS`; damping: of the Hessian; block: inputs per product; sites: maps."""
 
     format: str = "int4:asym,group=64"
     order: str = "none"
@@ -242,7 +244,8 @@ class Gptq(Pass):
             dtype = model.parameter(f"{site}.kernel").dtype
             tensor, loss = gptq(kernel, sweep, spec, parameters=fixed, block=self.block, dtype=dtype)
             whole = float(np.sum(kernel * (moment.mean @ kernel)))
-            numbers = {"loss": loss / whole if whole else 0.0, "dead": sweep.inverse.dead.sum(), "damping": sweep.inverse.damping}
+            inverse = sweep.inverse
+            numbers = {"loss": loss / whole if whole else 0.0, "dead": inverse.dead.sum(), "damping": inverse.damping}
             return Scored(tensor, numbers)
 
         statistic = second_moments(work, full=True)

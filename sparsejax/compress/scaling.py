@@ -55,7 +55,8 @@ def scaled_pairs(config: ModelConfig) -> tuple[list[Pair], dict[str, str]]:
     Raises:
       ConfigError: an arrangement whose norms no map takes up, or an op at a reader (`transforms.check_mergeable`).
     """
-    names, skipped = set(parameter_axes(config)), {}
+    names = set(parameter_axes(config))
+    skipped: dict[str, str] = {}
     by_layer: dict[int, list[Pair]] = {layer: [] for layer in range(config.num_layers)}
     for stretch in check_mergeable(config):
         for read in stretch.reads:
@@ -106,7 +107,8 @@ def merge_scales(model: Model, pairs: Sequence[Pair], scales: Mapping[str, np.nd
       ConfigError: scales of a producer that no pair has, of another length, or not positive; a kernel that is packed.
     """
     by_producer, shapes = {pair.producer: pair for pair in pairs}, linear_shapes(model.config)
-    names, new = set(parameter_axes(model.config)), {}
+    names = set(parameter_axes(model.config))
+    new: dict[str, np.ndarray] = {}
 
     def get(name: str) -> np.ndarray:
         if name not in new:

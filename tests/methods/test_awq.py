@@ -115,10 +115,9 @@ def test_the_search_never_ends_above_rounding_to_nearest_and_names_what_stays(fo
 
 def test_salient_channels_are_rounded_better_and_best_with_compensation(found):
     scaled, _ = found
-    errors = {"awq": block_error(run_recipe([Rtn(TEXT)], scaled, work()))}
-    errors["rtn"] = block_error(run_recipe([Rtn(TEXT)], salient_model(), work()))
-    passes = [Gptq(TEXT, "static", sites="blocks.*.mlp.*"), Rtn(TEXT, sites="blocks.*.attn.*")]
-    errors["both"] = block_error(run_recipe(passes, scaled, work()))
+    rtn, gptq = Rtn(TEXT, sites="blocks.*.mlp.*"), Gptq(TEXT, "static", sites="blocks.*.mlp.*")
+    ways = {"rtn": (rtn, salient_model()), "awq": (rtn, scaled), "both": (gptq, scaled)}
+    errors = {name: block_error(run_recipe([one], model, work())) for name, (one, model) in ways.items()}
     assert errors["awq"] < 0.7 * errors["rtn"] and errors["both"] < 0.9 * errors["awq"], errors
 
 

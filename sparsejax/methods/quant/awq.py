@@ -176,17 +176,17 @@ class _Search:
             tap = _tap(site)
             if tap not in moments:
                 moments[tap] = self._moment([tensors[tap] for tensors in entering])
-            kernel = jnp.asarray(float_kernel(self.model, site), jnp.float32)
-            s = jnp.asarray(of_site.get(site, np.ones(len(kernel))), jnp.float32)
+            kernel = float_kernel(self.model, site).astype(jnp.float32)
+            taken = jnp.asarray(of_site.get(site, np.ones(len(kernel))), jnp.float32)
             given = jnp.asarray(produced.get(site, np.ones(kernel.shape[1])), jnp.float32)
-            moment = moments[tap] / (s[:, None] * s[None])
-            found[f"{site}:cap"] = best_caps(kernel * s[:, None] / given[None], moment, self.spec)
+            moment = moments[tap] / (taken[:, None] * taken[None])
+            found[f"{site}:cap"] = best_caps(kernel * taken[:, None] / given[None], moment, self.spec)
         return {name: np.asarray(value) for name, value in found.items()}
 
     def _ratio(self, pair: Pair, entering: Sequence[Array]) -> tuple[np.ndarray, float, float]:
         """(s, r, error over that of r = 0) of the best ratio."""
-        total = sum(np.asarray(jnp.sum(jnp.abs(self._rows(x)), axis=0), np.float64) for x in entering)
-        mean = total / sum(x.shape[0] * (x.shape[1] - self.skip) for x in entering)
+        rows = [self._rows(x) for x in entering]
+        mean = np.sum([np.asarray(jnp.sum(jnp.abs(x), axis=0), np.float64) for x in rows], axis=0) / sum(map(len, rows))
         error = self._error_of_part(pair, entering) if pair.of_norm else self._error_of_map(pair, entering)
         errors = [error(awq_scales(mean, ratio)) for ratio in RATIOS]
         best = int(np.argmin(errors))

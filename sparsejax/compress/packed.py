@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import ConfigError, check
 from sparsejax.quantized_arrays import QTensor
 
+log = logging.getLogger(__name__)
+
 
 def check_format(config: ModelConfig, sites: Iterable[str], spec: FormatSpec) -> None:
     """Refuse a format that weights of these sites cannot have.
@@ -35,23 +38,20 @@ def check_format(config: ModelConfig, sites: Iterable[str], spec: FormatSpec) ->
             raise ConfigError(f"{site} [{shapes[site][0]}, {shapes[site][1]}]: {error}") from error
 
 
-def check_kernels(model: Model, sites: Iterable[str]) -> dict[str, int]:
-    """Refuse weights that cannot be quantized, before any of them is.
+def check_kernels(model: Model, sites: Iterable[str]) -> None:
+    """Refuse weights that cannot be quantized, before any of them is; say where channels have no weight but 0.
 
-    Returns:
-      how many input channels of a site have no weight but 0 (pruned ones), for the sites that have such.
     Raises:
       ConfigError: names the site whose kernel is packed already, or holds NaN or infinities, and the first channels that do.
     """
-    empty = {}
     for site in sites:
         kernel = np.asarray(float_kernel(model, site), np.float32)
         bad = np.flatnonzero(~np.isfinite(kernel).all(axis=-1).reshape(-1))
         rule = "hold NaN or infinities, which no format can store; mend the weights, or leave the site out by `sites`"
         check(not len(bad), f"{site}.kernel: input channels", bad[:4].tolist(), rule)
         if count := int((kernel == 0).all(axis=-1).sum()):
-            empty[site] = count
-    return empty
+            log.warning("%s: %d of %d input channels have no weight but 0 and are stored all the same; to save them, remove "
+                        "them first (recipe structured)", site, count, kernel[..., 0].size)  # fmt: skip
 
 
 def float_kernel(model: Model, site: str) -> Array:

@@ -75,6 +75,16 @@ def test_the_reported_loss_is_the_trace_under_the_damped_hessian(text, order):
     found.tensor.check("tensor")
 
 
+def test_scales_that_are_quantized_together_are_those_of_the_original_weights():
+    kernel, h = drawn(1)
+    spec = FormatSpec.parse("nf4:group=8,double")
+    found = solved(kernel, h, str(spec), "static").tensor
+    wanted = qparams(jnp.asarray(kernel), spec)
+    for name in ("scale", "second", "mean"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+    found.check("tensor")
+
+
 @given(st.integers(0, 10**6), st.sampled_from(FORMATS))
 @settings(max_examples=12)
 def test_white_inputs_leave_rounding_to_nearest(seed, text):

@@ -120,6 +120,15 @@ def test_bad_formats_and_bad_weights_are_refused_by_site_before_any_work():
         run_recipe([Rtn("int4")], run_recipe([Rtn("int8")], model, work()), work())
 
 
+def test_channels_without_weights_are_told_by_site_before_the_work_and_decode_to_zeros(caplog):
+    model = tiny_model()
+    kernel = model.parameter(f"{DOWN}.kernel").at[jnp.array([1, 7])].set(0)
+    pruned = model.rebuilt(model.config, {f"{DOWN}.kernel": kernel})
+    quantized = run_recipe([Rtn("int4:asym,group=16", sites=DOWN)], pruned, work())
+    assert "blocks.1.mlp.down: 2 of 64 input channels have no weight but 0" in caplog.text
+    assert not np.asarray(quantized.parameter(f"{DOWN}.kernel").dequantize())[[1, 7]].any()
+
+
 @pytest.mark.parametrize("text", ["nvfp4", "int4:asym,group=16,scale=bf16", "fp8_e4m3", "nf4:group=16,double"])
 def test_a_piece_of_work_holds_quantized_tensors_and_small_floats_bit_for_bit(text, tmp_path):
     tensor = qtensor(jax.random.normal(jax.random.key(0), (32, 6)), FormatSpec.parse(text))

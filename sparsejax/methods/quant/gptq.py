@@ -123,7 +123,7 @@ class _Rounding:
 
     def __init__(self, kernel: np.ndarray, sweep: Sweep, spec: FormatSpec, parameters: QParams | None):
         self.sweep, self.spec, self.shape = sweep, spec, kernel.shape
-        self.fixed = parameters
+        self.fixed, self.of_rows = parameters, _of_rows(spec)
         self.group = min(spec.block(self.shape)[0], self.shape[0])
         # The scale of scales of the whole matrix is taken once, from the weights as they were.
         self.second = qparams(jnp.asarray(kernel), spec).second if spec.second == "two_level" and parameters is None else None
@@ -132,8 +132,9 @@ class _Rounding:
         self.loss = 0.0
         if parameters is not None:
             scale, zero = _per_entry(parameters, spec, self.shape)
-            self.scales = np.broadcast_to(scale, self.shape)
-            self.zeros = None if zero is None else np.broadcast_to(zero, self.shape)
+            # On the host: slicing a row off an array of the device takes as long as rounding it.
+            self.scales = np.broadcast_to(np.asarray(scale), self.shape)
+            self.zeros = None if zero is None else np.broadcast_to(np.asarray(zero), self.shape)
 
     def __call__(self, rows: np.ndarray, pivots: np.ndarray, first: int) -> Settle:
         if self.fixed is None:
@@ -147,7 +148,7 @@ class _Rounding:
                 mine = scale, zero
             else:
                 mine = self.scales[number][None], self.zeros[number][None] if self.zeros is not None else None
-            codes, values = _nearest(row.astype(np.float32)[None], *mine, _of_rows(self.spec))
+            codes, values = _nearest(row.astype(np.float32)[None], *mine, self.of_rows)
             self.codes[number] = np.asarray(codes)[0]
             settled = np.asarray(values, np.float64)[0]
             self.loss += float(np.sum(np.square((row - settled) / pivots[i])))

@@ -4,8 +4,8 @@
     python -m experiments.compress --model smollm2-135m --recipe configs/recipes/rtn.py:int4:asym,group=64 --out runs/rtn4
 
 Formats are those of `sparsejax.ops.formats.spec`: nf4:group=64,double  mxfp4  nvfp4  int3:asym,group=64  ...
-Expected: seconds; int8 as good as dense, 4 bits with groups of 64 a few per cent above it in perplexity, per-channel 4 bits and
-anything of 3 or 2 bits much worse than what GPTQ makes of them. Not measured yet.
+Expected of SmolLM2 on a CPU: 6 seconds, and with the default 30 % more perplexity on stdlib (4 windows of 512; a model of this
+size is fragile). Per-channel 4 bits, and 3 or 2 bits, are much worse than what GPTQ makes of them.
 """
 
 from sparsejax.compress.recipe import Pass

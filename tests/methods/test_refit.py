@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import entry
+from sparsejax import nnx_compat
 from sparsejax.compress.allocators import Uniform
 from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.calibration import Calibration, CalibrationSpec
 from sparsejax.compress.recipe import TIERS, Work, run_recipe
-from sparsejax.methods.sparsity.cats import Cats
+from sparsejax.methods.sparsity.chess import Chess
 from sparsejax.methods.sparsity.refit import DAMPINGS, Moments, Refit, refitted
 from sparsejax.methods.sparsity.rsparse import RSparse
 from sparsejax.methods.sparsity.teal import Teal
@@ -89,21 +90,43 @@ def block_errors(model, dense, tokens):
     return np.array(found)
 
 
-def test_every_block_comes_nearer_to_its_dense_output(model):
-    sparse = run_recipe([drop()], model, work())
-    refit = run_recipe([drop(), Refit()], model, work())
+@pytest.fixture(scope="module")
+def pair(model):
+    """Sparse, and refitted as well."""
+    return run_recipe([drop()], model, work()), run_recipe([drop(), Refit()], model, work())
+
+
+def test_every_block_comes_nearer_to_its_dense_output(model, pair):
+    sparse, refit = pair
     for tokens in (TOKENS, np.random.default_rng(1).integers(0, 256, (8, 64), np.int32)):  # fitted to, and others
         before, after = block_errors(sparse, model, tokens), block_errors(refit, model, tokens)
         assert np.all(after < before)
     assert refit.config == sparse.config and refit.parameter("blocks.1.mlp.up.kernel").shape == (32, 64)
-    site = "blocks.1.attn.q.inputs.0.threshold"
-    np.testing.assert_array_equal(refit.parameter(site), sparse.parameter(site))
+
+
+def test_thresholds_keep_the_share_that_they_drop_of_dense_inputs(pair):
+    """Behind sparse blocks other numbers enter; only the first block's q, k and v see what they saw."""
+
+    def dropped(one, site):
+        blocks = Blocks(one)
+        layer, name = int(site.split(".")[1]), site.split(".", 2)[2]
+        h = next(h for at, h in blocks.stream(TOKENS) if at == layer)
+        return float(np.mean(np.asarray(blocks.entering(layer, h, name)[name]) == 0))
+
+    sites = ("blocks.0.mlp.down", "blocks.2.mlp.gate")
+    before, after = ([dropped(one, site) for site in sites] for one in pair)
+    np.testing.assert_allclose(after, 0.6, atol=2e-3)
+    assert np.abs(np.subtract(before, 0.6)).max() > 5e-3
+    sparse, refit = (one.parameter("blocks.0.attn.q.inputs.0.threshold") for one in pair)
+    np.testing.assert_allclose(refit, sparse, rtol=1e-3)
 
 
 def test_units_chosen_by_their_gate_are_made_up_for(model):
-    sparse = run_recipe([Cats(0.5)], model, work())
-    refit = run_recipe([Cats(0.5), Refit()], model, work())
+    """Their thresholds, one per channel, stay."""
+    sparse, refit = (run_recipe([Chess(0.5), *more], model, work()) for more in ((), (Refit(sites="blocks.*.mlp.*"),)))
     assert np.all(block_errors(refit, model, TOKENS) < block_errors(sparse, model, TOKENS))
+    for path in (path for path in sparse.structure.paths if path[-1] == "threshold"):
+        np.testing.assert_array_equal(nnx_compat.at(refit.values, path), nnx_compat.at(sparse.values, path))
 
 
 def test_only_named_maps_change_and_a_dense_model_stays_as_it_is(model):
@@ -128,13 +151,13 @@ def test_the_first_position_keeps_its_outliers(model):
 
 
 def test_an_interrupted_refit_goes_on_to_the_same_weights(model, tmp_path):
-    recipe = [drop(), Refit()]
+    recipe = [drop(sites="blocks.*.mlp.*"), Refit(sites="blocks.*.mlp.*")]
     whole = run_recipe(recipe, model, work(folder=tmp_path))
     kept = sorted(tmp_path.glob("1-block-*"))
     assert len(kept) == 3
     kept[-1].unlink()
     again = run_recipe(recipe, model, work(folder=tmp_path))
-    for site in ("blocks.0.attn.o", "blocks.2.mlp.down"):
+    for site in ("blocks.0.mlp.up", "blocks.2.mlp.down"):
         np.testing.assert_allclose(again.parameter(f"{site}.kernel"), whole.parameter(f"{site}.kernel"), rtol=1e-5, atol=1e-6)
 
 

@@ -42,7 +42,7 @@ class Flags:
     truncation: str = entry.flag("cett", "what PPL-p% is searched by, of cett, topk, fat, separated by commas")
     calibration: str = entry.flag("", "text to fit truncations to; by default the text's calibration split, or stdlib's")
     allow_overlap: bool = entry.flag(False, "let calibration overlap the text")
-    dtype: str = entry.flag("float32", "float32 or bfloat16: of weights and computation")
+    dtype: str = entry.flag("float32", entry.DTYPE)
     data_dir: str = entry.flag("", "data folder")
     out: str = entry.flag("", "folder for plots, analysis.json and kept work")
 
@@ -51,7 +51,7 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
     flags = call.flags
     check(bool(flags.model) != bool(flags.runs), "--model", flags.model, "give a model, or --runs, and not both")
     check(flags.data or flags.runs, "--data", "", "give the texts, e.g. c4_sample,stdlib")
-    check_choice("--dtype", flags.dtype, ("float32", "bfloat16"))
+    entry.computing_in(flags.dtype)
     check(flags.limit >= 0, "--limit", flags.limit, "must be 0 (all) or more")
     from sparsejax.data.sources import data_directories
     from sparsejax.evaluate.texts import TEXTS, open_text, split_specs

@@ -46,9 +46,12 @@ from ml_collections.config_flags import tuple_parser
 
 from sparsejax.config import ExperimentConfig, finalize
 from sparsejax.config_text import check_path, from_json
-from sparsejax.plugs import ConfigError, check, nearest, parse_int
+from sparsejax.plugs import ConfigError, check, check_choice, nearest, parse_int
 
 PACKAGES = ("sparsejax", "jax", "jaxlib", "flax", "numpy", "tokenizers")  # whose versions reports name
+
+# What `--dtype` says, see `computing_in`.
+DTYPE = "float32, bfloat16, or layercast (linear maps in bfloat16, computed in float32)"
 
 
 @dataclasses.dataclass
@@ -288,6 +291,20 @@ def _underscored(argument: str, values: absl_flags.FlagValues) -> str:
     match = re.match(r"(--?)([\w-]+)(.*)", argument, re.DOTALL)
     name = match[2].replace("-", "_") if match else ""
     return f"{match[1]}{name}{match[3]}" if match and name in values else argument
+
+
+def computing_in(dtype: str) -> None:
+    """Refuse a `--dtype` that is none; `layercast` is for results that do not depend on device and batch, so that its products
+    are in full float32 where a GPU's or TPU's default is less.
+
+    Raises:
+      ConfigError: names what is allowed.
+    """
+    check_choice("--dtype", dtype, ("float32", "bfloat16", "layercast"))
+    if dtype == "layercast":
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "float32")
 
 
 def about(command: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments import entry
-from sparsejax.plugs import check, check_choice
+from sparsejax.plugs import check
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 
@@ -37,14 +37,14 @@ class Flags:
     keep_first: int = entry.flag(0, "so many first tokens are dense in any case")
     allow_overlap: bool = entry.flag(False, "score a compressed model also on text that it was calibrated on")
     batch: int = entry.flag(0, "windows or rows per forward pass; 0: chosen by length and device")
-    dtype: str = entry.flag("float32", "float32 or bfloat16: of weights and computation; logits are float32")
+    dtype: str = entry.flag("float32", entry.DTYPE)
     data_dir: str = entry.flag("", "data folder")
 
 
 def main(call: entry.Call[Flags]) -> dict[str, Any]:
     flags = call.flags
     check(flags.model, "--model", "", "give the name or path of a model")
-    check_choice("--dtype", flags.dtype, ("float32", "bfloat16"))
+    entry.computing_in(flags.dtype)
     check(flags.window >= 2, "--window", flags.window, "must be at least 2: one token is given, the next is predicted")
     for name in ("limit", "batch"):
         check(getattr(flags, name) >= 0, f"--{name}", getattr(flags, name), "must be 0 or more")

@@ -41,14 +41,14 @@ class Flags:
     min_p: float = entry.flag(0.0, "draw from tokens at least this times as likely as the most likely one")
     stop: tuple[str, ...] = entry.flag((), "text that ends a continuation and is not printed; several if repeated")
     seed: int = entry.flag(0, "of the draws; the n-th prompt has seed + n")
-    dtype: str = entry.flag("float32", "float32 or bfloat16: of weights and computation")
+    dtype: str = entry.flag("float32", entry.DTYPE)
     executor: str = entry.flag("masked", "of sparse products while decoding: masked (zeros are multiplied) or gathered")
 
 
 def main(call: entry.Call[Flags]) -> dict[str, Any]:
     flags = call.flags
     check(flags.model, "--model", "", "give the name or path of a model")
-    check_choice("--dtype", flags.dtype, ("float32", "bfloat16"))
+    entry.computing_in(flags.dtype)
     check(flags.max_new_tokens >= 1, "--max-new-tokens", flags.max_new_tokens, "must be at least 1")
     check(all(flags.stop), "--stop", "", "must not be empty")
     check(0 <= flags.seed < 2**31, "--seed", flags.seed, "must lie in 0 .. 2**31 - 1")

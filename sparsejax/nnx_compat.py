@@ -22,6 +22,14 @@ _READ_ONLY: contextvars.ContextVar[bool] = contextvars.ContextVar("read_only", d
 
 ROLES = ("matrix", "embedding", "norm", "router", "scale", "adapter", "bias", "nonlinearity", "fitted")
 COMPUTE_ROLES = ("matrix", "embedding", "adapter", "bias")  # held in the compute dtype; the others stay in float32
+LAYERCAST = "layercast"  # LayerCast (arXiv 2506.09501): linear maps held in bfloat16, everything computed in float32
+
+
+def held_in(role: str, dtype: str) -> str:
+    """The dtype in which a weight of this role is held where the model computes in `dtype`, which may be `LAYERCAST`."""
+    if dtype == LAYERCAST:
+        return "bfloat16" if role in ("matrix", "adapter") else "float32"
+    return dtype if role in COMPUTE_ROLES else "float32"
 
 
 class Weight(nnx.Variable):

@@ -25,10 +25,11 @@ from sparsejax.io.sentence_embedding import read_sentence_embedding
 from sparsejax.io.tensors import TensorSource
 from sparsejax.io.weights import load_values
 from sparsejax.models.config import ModelConfig
+from sparsejax.nnx_compat import LAYERCAST
 from sparsejax.plugs import ConfigError, check_choice
 from sparsejax.train.load_run import load_run
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", LAYERCAST)
 
 
 def load(name_or_path: str, *, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
@@ -37,6 +38,7 @@ def load(name_or_path: str, *, dtype: str = "float32", mesh: Mesh | None = None)
     Args:
       name_or_path: see `hub.resolve`.
       dtype: of matrices, embeddings and biases, and of the computation; a model folder keeps the types it was saved with.
+        `layercast`: linear maps in bfloat16, cast where they are multiplied, and all else in float32 (arXiv 2506.09501).
       mesh: where the parameters go; None: the default device.
     Raises:
       ConfigError: what was given is not there or cannot be used; names the file and the tensor or key.

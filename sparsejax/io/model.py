@@ -17,7 +17,7 @@ from sparsejax.layers.op import FIELDS
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.site_rules import check_sites
 from sparsejax.models.transformer import Transformer
-from sparsejax.nnx_compat import Structure
+from sparsejax.nnx_compat import LAYERCAST, Structure
 from sparsejax.plugs import check
 
 
@@ -25,9 +25,9 @@ def computed_in(config: ModelConfig, dtype: str) -> ModelConfig:
     """The config of a model that is loaded to compute in `dtype`, its residual stream in float32.
 
     In bfloat16 that stream halves the error: SmolLM2's most likely token is float32's for 99.1 % of tokens, and for 98.5 % with
-    a bfloat16 stream.
+    a bfloat16 stream. `LAYERCAST` computes in float32.
     """
-    return dataclasses.replace(config, dtype=dtype, residual_dtype="float32")
+    return dataclasses.replace(config, dtype="float32" if dtype == LAYERCAST else dtype, residual_dtype="float32")
 
 
 @dataclass(frozen=True)

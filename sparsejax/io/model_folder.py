@@ -24,7 +24,7 @@ from sparsejax.io.safetensors_file import open_safetensors, write_safetensors
 from sparsejax.io.tensors import TensorSource
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.transformer import Transformer
-from sparsejax.nnx_compat import COMPUTE_ROLES, Structure, Weight
+from sparsejax.nnx_compat import COMPUTE_ROLES, Structure, Weight, held_in
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.parallel import rules
 from sparsejax.plugs import ConfigError, check, check_choice
@@ -92,7 +92,7 @@ def load(folder: Path | str, *, name: str = "", dtype: str = "float32", mesh: Me
     names = {".".join(path) for path in structure.paths}
     wrong = sorted(names.symmetric_difference(described))
     check(not wrong, f"{where}: weights.arrays", wrong[:8], "missing or unknown parameters of this config")
-    reader = _Reader(source, described, where, dtype, mesh)
+    reader = _Reader(source, described, where, dtype, config.dtype, mesh)
     values: dict[str, Any] = {}
     for path, weight in zip(structure.paths, structure.variables, strict=True):
         nnx_compat.put(values, path, reader.read(".".join(path), weight, nnx_compat.at(shapes, path).shape))
@@ -149,6 +149,7 @@ class _Reader:
     described: dict[str, Any]
     where: str
     dtype: str
+    computed: str
     mesh: Mesh | None
 
     def read(self, name: str, weight: Weight, shape: tuple[int, ...]) -> Any:
@@ -161,7 +162,7 @@ class _Reader:
         if kind == "Array":
             array = self._place(name, weight)
             check(array.shape == shape, f"{self.source.path}: {name}", array.shape, f"the config needs {shape}")
-            return array.astype(self.dtype) if weight.role in COMPUTE_ROLES else array
+            return array.astype(held_in(weight.role, self.dtype)) if weight.role in COMPUTE_ROLES else array
         value = self._rebuild(name, weight, WEIGHT_ARRAYS[kind], fields)
         stored = (*value.codes.shape[:-2], *value.shape) if isinstance(value, QTensor) else value.shape
         needed = tuple(shape[-len(stored):])
@@ -182,7 +183,7 @@ class _Reader:
             check_choice(f"{self.where}: weights.arrays.{name}: field of {kind.__name__}", field, allowed)
         static = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         if "dtype" in static:
-            static["dtype"] = jnp.dtype(self.dtype)
+            static["dtype"] = jnp.dtype(self.computed)
         if "spec" in static:
             static["spec"] = FormatSpec.parse(fields["spec"], f"{self.where}: weights.arrays.{name}.spec")
         arrays = {one: self._place(f"{name}.{one}", weight) for one in allowed if f"{name}.{one}" in self.source.tensors}

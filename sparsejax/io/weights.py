@@ -24,7 +24,7 @@ from sparsejax.io.name_map import Entry, Slot, Stacked, expand, parameter_slots
 from sparsejax.io.tensors import TensorInfo, TensorSource
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.transformer import Transformer
-from sparsejax.nnx_compat import COMPUTE_ROLES, Structure
+from sparsejax.nnx_compat import Structure, held_in
 from sparsejax.parallel import rules
 from sparsejax.plugs import ConfigError, check
 
@@ -41,7 +41,7 @@ def load_values(
       config: finalized, `family.to_config`'s.
       family: whose names the tensors have.
       source: the checkpoint; maps of a `PackedSource` become QTensors.
-      dtype: of matrices, embeddings and biases; norms, scales and routers are float32.
+      dtype: of matrices, embeddings and biases, see `nnx_compat.held_in`; norms, scales and routers are float32.
       mesh: where the parameters go, by the rules of `sparsejax.parallel`; None: the default device.
     Raises:
       ConfigError: tensors that are missing, that nothing reads, of a wrong shape or no float type, that hold NaN, or a tied
@@ -57,7 +57,7 @@ def load_values(
     check_shapes(names, entries, slots, shapes)
     packed = {name for one in entries for name in one.theirs if names.is_packed(name)}
     names.fail("quantized maps that cannot be held as they are stored", packed_weights.misplaced(entries, slots, packed))
-    filler = _Filler(structure, shapes, dtype, mesh)
+    filler = _Filler(structure, shapes, dtype, config.dtype, mesh)
     for group in _groups(entries, slots, shapes):
         filler.fill(group, slots, names)
     _check_tied(family, names, entries)
@@ -187,10 +187,10 @@ def _groups(entries: Sequence[Entry], slots: dict[str, Slot], shapes: dict[str, 
 class _Filler:
     """Fills arrays shard by shard in host memory and hands them to their devices."""
 
-    def __init__(self, structure: Structure, shapes: dict[str, Any], dtype: str, mesh: Mesh | None):
+    def __init__(self, structure: Structure, shapes: dict[str, Any], dtype: str, computed: str, mesh: Mesh | None):
         self.shapes, self.mesh = shapes, mesh
         self.weights = dict(zip(structure.paths, structure.variables, strict=True))
-        self.dtype = np.dtype(jax.numpy.dtype(dtype))
+        self.dtype, self.computed = dtype, np.dtype(jax.numpy.dtype(computed))
         self.values: dict[str, Any] = {}
 
     def fill(self, group: list[Entry], slots: dict[str, Slot], names: Names) -> None:
@@ -213,7 +213,7 @@ class _Filler:
         """One parameter, all of whose layers are quantized."""
         rows = {}
         for one in group:
-            rows[slots[one.ours[0]].row] = tensors = [names.packed(name, self.dtype) for name in one.theirs]
+            rows[slots[one.ours[0]].row] = tensors = [names.packed(name, self.computed) for name in one.theirs]
             holding = zip(one.theirs, map(packed_weights.holds_nan, tensors), strict=True)
             names.fail("NaN in", [name for name, bad in holding if bad])
         whole = packed_weights.joined(rows, experts=isinstance(group[0].layout, Stacked))
@@ -229,7 +229,7 @@ class _Filler:
 
     def _place(self, path: Path) -> tuple[tuple[int, ...], np.dtype, Sharding]:
         weight, shape = self.weights[path], nnx_compat.at(self.shapes, path).shape
-        dtype = self.dtype if weight.role in COMPUTE_ROLES else np.dtype(np.float32)
+        dtype = np.dtype(jax.numpy.dtype(held_in(weight.role, self.dtype)))
         if self.mesh is None:
             return shape, dtype, jax.numpy.zeros(()).sharding
         return shape, dtype, jax.NamedSharding(self.mesh, rules.spec_for(weight.axes, shape, self.mesh))

@@ -71,12 +71,11 @@ def cast_for_compute(structure: nnx_compat.Structure, values: dict[str, Any], dt
 
     Cast once per step outside the layers: a scanned layer would cast in every iteration, and FSDP gathers half the bytes.
     """
-    target = jnp.dtype(dtype)
 
     def cast(weight: nnx_compat.Weight, value: Any) -> Any:
         if weight.role not in nnx_compat.COMPUTE_ROLES or not isinstance(value, jax.Array):
             return value
-        return value.astype(target)
+        return value.astype(nnx_compat.held_in(weight.role, dtype))
 
     return structure.map(cast, values)
 

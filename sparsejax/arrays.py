@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +23,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.grouped_matmul import grouped_matmul
-from kernels_pallas.sparse_gemv import sparse_gemv
+from kernels_pallas.sparse_gemv import sparse_gemv, sparse_gemv_loop
 from sparsejax.quantized_arrays import QTensor
+from sparsejax.quantized_rows import integer_rows_of, rows_of
 from sparsejax.sparse_arrays import NMSparse
 
 log = logging.getLogger(__name__)
 
 EXECUTORS = ("masked", "gathered")
 GATHERED_ROWS = 4  # of x at most: each reads rows of w of its own, and several together soon all of them
+STORED_ROWS = 16  # of x at most that multiply a QTensor as it is stored, on CPU; for more it is dequantized once
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "surrogate"], meta_fields=["dtype"])
@@ -226,11 +229,29 @@ def _dispatch(x: Any, w: Any, groups: Any, out_dtype: Any) -> Array:
         return kernel(x, w, groups, out_dtype)
     if isinstance(w, LowRank | Sum | Residual):
         return _composed(x, w, groups, out_dtype)
+    if _reads_rows(x, w, groups):
+        return _stored_product(out_dtype or x.dtype, x, w)
     _log_reference(kind(x), kind(w))
     if isinstance(x, SparseActivation):
-        peeled = x.values.keep(x.mask) if isinstance(x.values, QuantizedActivation) else x.dense()
-        return _dispatch(peeled, w, groups, out_dtype)
+        return _dispatch(_peeled(x), w, groups, out_dtype)
     return _dispatch(dense(x), dense(w), groups, out_dtype)
+
+
+def _peeled(x: SparseActivation) -> Any:
+    """Its values with zeros outside the mask."""
+    return x.values.keep(x.mask) if isinstance(x.values, QuantizedActivation) else x.dense()
+
+
+def _count(x: Any) -> int:
+    """Rows of an operand."""
+    return math.prod(x.shape[:-1])
+
+
+def _reads_rows(x: Any, w: Any, groups: Any) -> bool:
+    """Whether w is multiplied as it is stored: few rows of x, and no product of integers that would be exact."""
+    few = isinstance(w, QTensor) and w.ndim == 2 and groups is None and _count(x) <= STORED_ROWS
+    values = x.values if isinstance(x, SparseActivation) else x
+    return few and not (isinstance(values, QuantizedActivation) and w.spec.multiplies_as_integers)
 
 
 def _composed(x: Any, w: LowRank | Sum | Residual, groups: Any, out_dtype: Any) -> Array:
@@ -305,7 +326,7 @@ def _array_array(x: Array, w: Array, groups: Any, out_dtype: Any) -> Array:
 
 def _int_int(x: QuantizedActivation, w: QTensor, groups: Any, out_dtype: Any) -> Array:
     """Integer accumulators are exact, the scales follow in a fixed order: training and serving agree bit for bit."""
-    total = _product(x.codes, w.unpacked(), groups, jnp.int32).astype(jnp.float32)
+    total = _integer_product(x.codes, w, groups).astype(jnp.float32)
     scale = w.qparams.scale.astype(jnp.float32)
     if groups is not None:
         scale = scale[:, 0].at[expert_of_rows(groups, x.shape[0])].get(mode="fill", fill_value=0)
@@ -315,11 +336,25 @@ def _int_int(x: QuantizedActivation, w: QTensor, groups: Any, out_dtype: Any) ->
     return (total * x.scale * scale).astype(out_dtype or x.dtype)
 
 
+def _integer_product(codes: Array, w: QTensor, groups: Any) -> Int[Array, "... out"]:
+    """On CPU few rows read the packed rows of w one by one: XLA widens the whole weight for each of them."""
+
+    def whole(codes: Array, w: QTensor) -> Array:
+        return _product(codes, w.unpacked(), groups, jnp.int32)
+
+    def loop(codes: Array, w: QTensor) -> Array:
+        return sparse_gemv_loop(codes.astype(jnp.int32), None, integer_rows_of(w))
+
+    if w.ndim != 2 or groups is not None or _count(codes) > STORED_ROWS:
+        return whole(codes, w)
+    return jax.lax.platform_dependent(codes, w, cpu=loop, default=whole)
+
+
 def _sparse_array(x: SparseActivation, w: Array, groups: Any, out_dtype: Any) -> Array:
     if x.executor == "masked" or groups is not None or w.ndim != 2:
         return _array_array(x.dense(), w, groups, out_dtype)
-    if x.mask.size > GATHERED_ROWS * x.shape[-1]:
-        _log_many_rows(x.mask.size // x.shape[-1])
+    if _count(x) > GATHERED_ROWS:
+        _log_many_rows(_count(x))
         return _array_array(x.dense(), w, groups, out_dtype)
     return _gathered_product(out_dtype, (x.gradient, x.most), x.values, x.mask, w)
 
@@ -348,6 +383,34 @@ def _gathered_backward(out_dtype: Any, how: tuple[str, int | None], operands: An
 
 
 _gathered_product.defvjp(_gathered_forward, _gathered_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stored_product(out_dtype: Any, x: Any, w: QTensor) -> Array:
+    """Few rows times a weight in its format. On CPU its packed rows are read one by one: dequantized first, the weight would be
+    written and read as floats for every token. Elsewhere XLA fuses what it can."""
+    loop = functools.partial(_stored_rows, out_dtype)
+    return jax.lax.platform_dependent(x, w, cpu=loop, default=functools.partial(_dequantized_product, out_dtype))
+
+
+def _dequantized_product(out_dtype: Any, x: Any, w: QTensor) -> Array:
+    return _array_array(dense(x), w.dequantize(), None, out_dtype)
+
+
+def _stored_rows(out_dtype: Any, x: Any, w: QTensor) -> Array:
+    """Rows that only zeros of a gathered SparseActivation meet are not read."""
+    gathered = isinstance(x, SparseActivation) and x.executor == "gathered"
+    values, mask = (dense(x.values), x.mask) if gathered else (dense(x), None)
+    return sparse_gemv_loop(values, mask, rows_of(w), preferred_element_type=out_dtype)
+
+
+def _stored_backward(out_dtype: Any, operands: tuple[Any, QTensor], g: Array) -> Any:
+    """The dequantized product's."""
+    _, pull = jax.vjp(lambda x, w: _dequantized_product(out_dtype, x, w), *operands)
+    return pull(g)
+
+
+_stored_product.defvjp(lambda out_dtype, x, w: (_stored_product(out_dtype, x, w), (x, w)), _stored_backward)
 
 _KERNELS: dict[tuple[str, str], Callable[..., Array]] = {
     ("Array", "Array"): _array_array,

@@ -4,23 +4,25 @@ import jax
 
 from kernels_pallas.sparse_gemv.cpu import sparse_gemv_loop
 from kernels_pallas.sparse_gemv.reference import sparse_gemv_gather, sparse_gemv_reference
+from kernels_pallas.sparse_gemv.rows import Rows, float_rows
 
-__all__ = ["BACKENDS", "sparse_gemv", "sparse_gemv_gather", "sparse_gemv_loop", "sparse_gemv_reference"]
+__all__ = ["BACKENDS", "Rows", "float_rows", "sparse_gemv", "sparse_gemv_gather", "sparse_gemv_loop", "sparse_gemv_reference"]
 
 BACKENDS = ("masked", "xla", "cpu")
 
 
 def sparse_gemv(x, mask, w, *, most=None, preferred_element_type=None, backend=None):
-    """y = (x * mask) @ w, for few rows of x: each reads rows of w of its own. Not differentiable.
+    """y = (x * mask) @ w, for few rows of x. Not differentiable.
 
     Args:
       x: [..., K] floats.
       mask: bool[..., K], the entries that count.
-      w: [K, N].
+      w: [K, N]. For weights that are stored otherwise there is `sparse_gemv_loop` with `Rows`, on CPU.
       most: no row of mask has more entries than this; None: unknown.
       preferred_element_type: of the result; default x's dtype. Products are accumulated in float32 at least.
-      backend: one of BACKENDS; None: "cpu" (a loop over the rows of w that count) where the program is lowered for CPU, else
-        "xla" (rows of w are gathered, up to a capacity). "masked", the reference, multiplies zeros.
+      backend: one of BACKENDS; None: "cpu" (a loop over the rows of w that count for any row of x) where the program is lowered
+        for CPU, else "xla" (for each row of x those of w are gathered, up to a capacity). "masked", the reference, multiplies
+        zeros.
     Raises:
       ValueError: an unknown backend.
     """

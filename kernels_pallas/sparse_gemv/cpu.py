@@ -1,42 +1,54 @@
-"""sparse_gemv in plain JAX for CPU: a loop over the rows of w that count, UNROLL of them at a time.
+"""sparse_gemv in plain JAX for CPU: a loop over the rows of w that count for any row of x, UNROLL of them at a time.
 
-How many rows there are is data: nothing is padded, nothing is copied out of w, and any number is exact. One row of x, ms per
-product over 30 matrices in turn, 2 shared cores, best of 15 (dense: XLA's product; gathered: the rows copied, then multiplied):
-
-                            dense  kept: all   60 %   50 %   35 %   10 %   gathered at 50 %
-    576 x 1536 float32       .196       .201   .122   .106   .086   .022              1.485
-    1536 x 576 float32       .345       .220   .157   .161   .117   .053              1.976
-    576 x 576 float32        .097       .113   .101   .040   .039   .014               .081
-    576 x 1536 bfloat16     2.667       .146   .104   .088   .062   .022              1.502
-    1536 x 576 bfloat16     4.443       .230   .161   .135   .103   .026              2.080
+How many rows there are is data: nothing is padded, nothing is copied out of w, and any number is exact. Rows that share scales
+are summed first, so that scales and zeros cost nothing per row; packed codes are multiplied lane by lane (even and odd columns
+of 4-bit codes in sums of their own) and put in order once, at the end.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.sparse_gemv.rows import float_rows
+
 UNROLL = 8
 
 
 def sparse_gemv_loop(x, mask, w, *, preferred_element_type=None):
-    """As `sparse_gemv`."""
-    features, out_dtype = x.shape[-1], preferred_element_type or x.dtype
-    rows = [_row(*row, w) for row in zip(x.reshape(-1, features), mask.reshape(-1, features), strict=True)]
-    return jnp.stack(rows).astype(out_dtype).reshape(*x.shape[:-1], w.shape[1])
+    """As `sparse_gemv`; w may be `rows.Rows`, a mask of None keeps all. Integers are summed in the dtype of x."""
+    rows = w if hasattr(w, "read") else float_rows(w)
+    features, outputs = rows.shape
+    x, lead, out_dtype = x.reshape(-1, features), x.shape[:-1], preferred_element_type or x.dtype
+    wide = x.dtype if jnp.issubdtype(x.dtype, jnp.integer) else jnp.promote_types(x.dtype, jnp.float32)
+    kept = jnp.ones(x.shape, bool) if mask is None else mask.reshape(-1, features)
+    y = _loop(jnp.where(kept, x, 0).astype(wide), jnp.any(kept, axis=0), rows)
+    return rows.join(y).astype(out_dtype).reshape(*lead, outputs)
 
 
-def _row(x, mask, w):
-    features, wide = x.shape[0], jnp.promote_types(x.dtype, jnp.float32)
-    count, index = jnp.sum(mask), jnp.arange(features)
-    # Kept channels in order; what fills the last turn is the last of them again, with value 0.
-    place = jnp.where(mask, jnp.cumsum(mask) - 1, features + UNROLL)
-    last = jnp.max(jnp.where(mask, index, 0))
-    kept = jnp.full(features + UNROLL, last).at[place].set(index, mode="drop")
-    values = jnp.where(jnp.arange(features + UNROLL) < count, x.astype(wide)[kept], 0)
+def _loop(x, counts, rows):
+    """float[B, lanes, n]: the sum over rows k where `counts` of x[:, k] times row k."""
+    features = rows.shape[0]
+    index = jnp.arange(features)
+    before = jnp.cumsum(counts)
+    # Channels that count, in order; those of group g stand from starts[g] to starts[g + 1].
+    kept = jnp.zeros(features, index.dtype).at[jnp.where(counts, before - 1, features)].set(index, mode="drop")
+    borders = jnp.minimum(jnp.arange(-(-features // rows.group) + 1) * rows.group, features)
+    starts = jnp.concatenate([jnp.zeros(1, before.dtype), before])[borders]
+    groups = len(borders) - 1
+    sums = jnp.pad(x, ((0, 0), (0, groups * rows.group - features))).reshape(-1, groups, rows.group).sum(-1)
 
-    def turn(number, y):
-        for step in range(UNROLL):
-            at = number * UNROLL + step
-            y += values[at] * lax.dynamic_index_in_dim(w, kept[at], keepdims=False).astype(wide)
-        return y
+    def group(g, y):
+        first, end = starts[g], starts[g + 1]
 
-    return lax.fori_loop(0, (count + UNROLL - 1) // UNROLL, turn, jnp.zeros(w.shape[1], wide))
+        def turn(number, total):
+            for step in range(UNROLL):
+                at = first + number * UNROLL + step
+                k = kept[jnp.minimum(at, end - 1)]  # what fills the last turn is the last of them again, with value 0
+                value = jnp.where(at < end, x[:, k], 0)
+                total += value[:, None, None] * rows.read(k)[None]
+            return total
+
+        total = lax.fori_loop(0, (end - first + UNROLL - 1) // UNROLL, turn, jnp.zeros_like(y))
+        return y + rows.finish(g, total, sums[:, g])
+
+    y = jnp.zeros((x.shape[0], *rows.width), x.dtype)
+    return group(0, y) if groups == 1 else lax.fori_loop(0, groups, group, y)

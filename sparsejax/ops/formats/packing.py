@@ -10,7 +10,7 @@ Ternary digits go five to a byte in base 3 (3^5 = 243), the first the least: 1.6
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Shaped, UInt8
 
 TRITS = 5  # to a byte
 
@@ -43,6 +43,11 @@ def pack_bits(codes: Int[Array, "*lead count"], bits: int) -> UInt8[Array, "*lea
 
 def unpack_bits(packed: UInt8[Array, "*lead packed"], bits: int, count: int, signed: bool) -> Int[Array, "*lead count"]:
     """The inverse of `pack_bits`: uint8 codes, or int8 ones in two's complement where `signed`."""
+    return in_order(bit_lanes(packed, bits, signed), count)
+
+
+def bit_lanes(packed: UInt8[Array, "*lead packed"], bits: int, signed: bool) -> Int[Array, "*lead lanes n"]:
+    """The codes by their places within the whole bytes that they fill: code j is at [j % lanes, j // lanes]."""
     lanes = _lanes(bits)
     width = lanes * bits // 8
     groups = _padded(packed, width).reshape(*packed.shape[:-1], -1, width)
@@ -53,10 +58,15 @@ def unpack_bits(packed: UInt8[Array, "*lead packed"], bits: int, count: int, sig
         if shift + bits > 8:
             code = code | groups[..., byte + 1] << (8 - shift)
         codes.append(code)
-    unpacked = jnp.stack(codes, axis=-1).reshape(*packed.shape[:-1], -1)[..., :count]
+    found = jnp.stack(codes, axis=-2)
     if signed:
-        return (unpacked << (8 - bits)).view(jnp.int8) >> (8 - bits)
-    return unpacked & jnp.uint8(2**bits - 1)
+        return (found << (8 - bits)).view(jnp.int8) >> (8 - bits)
+    return found & jnp.uint8(2**bits - 1)
+
+
+def in_order(lanes: Shaped[Array, "*lead lanes n"], count: int) -> Shaped[Array, "*lead count"]:
+    """Lanes of `bit_lanes` or `trit_lanes` as they follow each other."""
+    return jnp.swapaxes(lanes, -1, -2).reshape(*lanes.shape[:-2], -1)[..., :count]
 
 
 def pack_trits(codes: Int[Array, "*lead count"]) -> UInt8[Array, "*lead packed"]:
@@ -70,9 +80,13 @@ def pack_trits(codes: Int[Array, "*lead count"]) -> UInt8[Array, "*lead packed"]
 
 def unpack_trits(packed: UInt8[Array, "*lead packed"], count: int) -> Int[Array, "*lead count"]:
     """The inverse of `pack_trits`, as int8."""
+    return in_order(trit_lanes(packed), count)
+
+
+def trit_lanes(packed: UInt8[Array, "*lead packed"]) -> Int[Array, "*lead lanes n"]:
+    """The digits by their places within a byte, see `bit_lanes`."""
     digits = [(packed // jnp.uint8(3**digit)) % jnp.uint8(3) for digit in range(TRITS)]
-    codes = jnp.stack(digits, axis=-1).reshape(*packed.shape[:-1], -1)[..., :count]
-    return codes.astype(jnp.int8) - jnp.int8(1)
+    return jnp.stack(digits, axis=-2).astype(jnp.int8) - jnp.int8(1)
 
 
 def _lanes(bits: int) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.claims import tables, training_free
+from experiments.claims import quantization, tables, training_free
 from experiments.claims.__main__ import page
 from experiments.claims.bench import Bench, Rows, gap
 from experiments.claims.claim import Claim, Outcome, judge, select
@@ -32,8 +32,9 @@ class Recorded(Bench):
     def texts(self):
         return ("stdlib:evaluation", "c4_sample:evaluation")
 
-    def compressed(self, recipe, *, model="", scope="all"):
-        return self.rows[recipe]
+    def compressed(self, recipe, *, model="", scope="all", seed=0):
+        found = self.rows[recipe]
+        return found[seed] if isinstance(found, tuple) else found
 
 
 GOOD, BAD = row((2.2, 2.3, 2.4, 2.5)), row((2.5, 2.61, 2.7, 2.79))
@@ -162,3 +163,57 @@ def test_what_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(__import__("experiments.claims.claim", fromlist=["NEEDS"]).NEEDS, "smollm2-135m", lambda: False)
     found = judge(claim(lambda _: pytest.fail("must not run"), needs=("smollm2-135m",)), Recorded())
     assert (found["verdict"], found["measured"]) == ("not run", "needs smollm2-135m")
+
+
+def test_quantization_is_judged_over_seeds_and_against_sums():
+    seeds = (GOOD, GOOD, row((2.21, 2.31, 2.41, 2.51)))
+    bench = Recorded(ours=seeds, same=(GOOD,) * 3, worse=(BAD,) * 3, first=GOOD, second=GOOD, both=row((2.4, 2.5, 2.6, 2.75)))
+    assert quantization.no_worse("ours", ("same", "worse"), 0.004)(bench).holds  # .0033 in the mean
+    assert not quantization.no_worse("ours", ("same",), 0.003)(bench).holds
+    added = quantization.losses_add("first", "second", "both", 0.02)(bench)
+    assert added.holds and added.numbers["stdlib:evaluation"]["mean"] == pytest.approx(0.0125)
+    assert not quantization.losses_add("first", "second", "both", 0.01)(bench).holds
+
+
+def quantized(**losses):
+    return Recorded(**{name.replace("__", ":").replace("_g", ",group=64"): row([value + d for d in (0, 0.1, 0.2, 0.3)])
+                       for name, value in losses.items()})
+
+
+def test_groups_are_compared_with_methods_and_methods_across_bits():
+    gains = dict(rtn__int4__asym=3.0, rtn__int4__asym_g=2.4, gptq__int4__asym=2.5)
+    assert quantization.groups_before_methods(quantized(**gains)).holds
+    assert not quantization.groups_before_methods(quantized(**gains | dict(gptq__int4__asym=2.3))).holds
+    apart = {f"{name}__int{bits}__asym_g": value for name, bits, value in (
+        ("rtn", 4, 2.3), ("gptq", 4, 2.2), ("rtn", 3, 3.0), ("gptq", 3, 2.6), ("rtn", 2, 8.0), ("gptq", 2, 5.0))}  # fmt: skip
+    assert quantization.methods_separate(quantized(**apart)).holds
+    assert not quantization.methods_separate(quantized(**apart | dict(gptq__int3__asym_g=2.8))).holds
+
+
+def test_recipes_are_joined_in_order():
+    from experiments import entry
+
+    joined = entry.from_file("--recipe", "configs/recipes/compose.py:rtn:int8+teal:0.5", "get_recipe")
+    assert [one.name for one in joined] == ["rtn", "teal"]
+    for argument, message in (("", "compose: recipes = ''"), ("rtn:int8+tael:0.5", "Did you mean 'teal'")):
+        with pytest.raises(ConfigError, match=message):
+            entry.from_file("--recipe", f"configs/recipes/compose.py:{argument}", "get_recipe")
+
+
+def test_the_recipes_of_all_claims_exist():
+    """Each is parsed as the bench would; nothing is run."""
+    from experiments import entry
+
+    asked = set()
+
+    class Asking(Recorded):
+        def compressed(self, recipe, *, model="", scope="all", seed=0):
+            asked.add(recipe)
+            return GOOD
+
+    for one in (*training_free.CLAIMS, *tables.CLAIMS, *quantization.CLAIMS):
+        one.measure(Asking())
+    assert len(asked) > 40
+    for recipe in asked:
+        name, colon, argument = recipe.partition(":")
+        assert entry.from_file("--recipe", f"configs/recipes/{name}.py{colon}{argument}", "get_recipe")

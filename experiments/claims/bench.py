@@ -58,10 +58,13 @@ class Bench:
         """On the other splits of all of these texts, as much as the tier has: no method is judged out of its domain alone."""
         return CalibrationSpec(",".join(text.replace(":evaluation", ":calibration") for text in self.texts), 0, 0)
 
-    def compressed(self, recipe: str, *, model: str | Run = SMOLLM2, scope: str = "all") -> Rows:
+    def compressed(self, recipe: str, *, model: str | Run = SMOLLM2, scope: str = "all", seed: int = 0) -> Rows:
         """A model after a recipe of `configs/recipes`, e.g. `"teal:0.5"`, beside the dense model on the same tokens.
 
         A run is calibrated on the text that it was trained on and evaluated on its held-out part, in windows of its length.
+
+        Args:
+          seed: of the calibration's choice of text.
         """
         run = model if isinstance(model, Run) else None
         model = str(model.folder) if isinstance(model, Run) else model
@@ -69,7 +72,9 @@ class Bench:
         path = f"configs/recipes/{name}.py{colon}{argument}"
         passes = entry.from_file("recipe", path, "get_recipe")
         check(all(isinstance(one, Pass) for one in passes), "recipe", path, "get_recipe must return a list of passes")
-        out = self.folder / "compressed" / _slug(run.folder.name if run else model, scope, recipe)
+        seeded = f"seed{seed}" if seed else ""
+        out = self.folder / "compressed" / _slug(run.folder.name if run else model, scope, recipe, seeded)
+        calibration = CalibrationSpec(sequences=RUN_CALIBRATION, length=RUN_WINDOW) if run else self.calibration
         request = Request(
             model=model,
             out=out,
@@ -78,7 +83,7 @@ class Bench:
             passes=tuple(passes),
             data=("stdlib:evaluation",) if run else self.texts,
             tier=self.tier,
-            calibration=CalibrationSpec(sequences=RUN_CALIBRATION, length=RUN_WINDOW) if run else self.calibration,
+            calibration=dataclasses.replace(calibration, seed=seed),
             scope=Scope(scope),
             window=RUN_WINDOW if run else 0,
             limit=RUN_WINDOWS if run else 0,
@@ -244,7 +249,8 @@ def _command(request: Request) -> str:
     """What computes one of the bench's compressions alone."""
     given = {"model": request.model, "recipe": request.recipe, "calibration": request.calibration.source, "tier": request.tier,
              "scope": request.scope.tokens, "calibration-sequences": request.calibration.sequences, "window": request.window,
-             "calibration-length": request.calibration.length, "limit": request.limit}
+             "calibration-length": request.calibration.length, "seed": request.calibration.seed,
+             "limit": request.limit}
     flags = [f"--{name}={value}" for name, value in given.items() if value]
     flags += [f"--data={text}" for text in request.data]
     return shlex.join(["python", "-m", "experiments.compress", *flags, "--decode-tokens=0", f"--out={request.out}"])

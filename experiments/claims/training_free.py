@@ -88,7 +88,8 @@ def at_zero(*recipes: str) -> Callable[[Bench], Outcome]:
 
 
 def _sparsities(rows: dict[str, Rows]) -> str:
-    return "model sparsity " + ", ".join(f"{recipe} {100 * row.sparsity:.1f} %" for recipe, row in rows.items())
+    told = (f"{recipe} {100 * row.sparsity:.1f} % / {row.bytes:.3f}" for recipe, row in rows.items())
+    return "model sparsity / bytes per token " + ", ".join(told)
 
 
 TEAL = "TEAL (Liu et al., 2024, arXiv 2408.14690)"

@@ -28,7 +28,7 @@ ORDER = [
     ),
     ("kernels_pallas",),
     ("sparsejax.ops.formats",),  # what a QTensor's codes mean
-    ("sparsejax.sparse_arrays", "sparsejax.quantized_arrays", "sparsejax.arrays"),
+    ("sparsejax.sparse_arrays", "sparsejax.quantized_arrays", "sparsejax.quantized_rows", "sparsejax.arrays"),
     ("sparsejax.parallel",),
     ("sparsejax.ops",),
     ("sparsejax.layers",),

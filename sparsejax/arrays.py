@@ -31,8 +31,8 @@ from sparsejax.sparse_arrays import NMSparse
 log = logging.getLogger(__name__)
 
 EXECUTORS = ("masked", "gathered")
-GATHERED_ROWS = 4  # of x at most: each reads rows of w of its own, and several together soon all of them
-STORED_ROWS = 16  # of x at most that multiply a QTensor as it is stored, on CPU; for more it is dequantized once
+FEW_ROWS = 4  # of x that are gathered for at most: several together soon read all rows of w; and that multiply a QTensor as it
+# is stored, on CPU: its loops take longer to compile, and from some rows on it is better dequantized once
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale", "surrogate"], meta_fields=["dtype"])
@@ -249,7 +249,7 @@ def _count(x: Any) -> int:
 
 def _reads_rows(x: Any, w: Any, groups: Any) -> bool:
     """Whether w is multiplied as it is stored: few rows of x, and no product of integers that would be exact."""
-    few = isinstance(w, QTensor) and w.ndim == 2 and groups is None and _count(x) <= STORED_ROWS
+    few = isinstance(w, QTensor) and w.ndim == 2 and groups is None and _count(x) <= FEW_ROWS
     values = x.values if isinstance(x, SparseActivation) else x
     return few and not (isinstance(values, QuantizedActivation) and w.spec.multiplies_as_integers)
 
@@ -345,7 +345,7 @@ def _integer_product(codes: Array, w: QTensor, groups: Any) -> Int[Array, "... o
     def loop(codes: Array, w: QTensor) -> Array:
         return sparse_gemv_loop(codes.astype(jnp.int32), None, integer_rows_of(w))
 
-    if w.ndim != 2 or groups is not None or _count(codes) > STORED_ROWS:
+    if w.ndim != 2 or groups is not None or _count(codes) > FEW_ROWS:
         return whole(codes, w)
     return jax.lax.platform_dependent(codes, w, cpu=loop, default=whole)
 
@@ -353,7 +353,7 @@ def _integer_product(codes: Array, w: QTensor, groups: Any) -> Int[Array, "... o
 def _sparse_array(x: SparseActivation, w: Array, groups: Any, out_dtype: Any) -> Array:
     if x.executor == "masked" or groups is not None or w.ndim != 2:
         return _array_array(x.dense(), w, groups, out_dtype)
-    if _count(x) > GATHERED_ROWS:
+    if _count(x) > FEW_ROWS:
         _log_many_rows(_count(x))
         return _array_array(x.dense(), w, groups, out_dtype)
     return _gathered_product(out_dtype, (x.gradient, x.most), x.values, x.mask, w)
@@ -361,7 +361,7 @@ def _sparse_array(x: SparseActivation, w: Array, groups: Any, out_dtype: Any) ->
 
 @functools.cache
 def _log_many_rows(rows: int) -> None:
-    log.info("matmul: %d rows are too many to gather for (at most %d): zeros are multiplied", rows, GATHERED_ROWS)
+    log.info("matmul: %d rows are too many to gather for (at most %d): zeros are multiplied", rows, FEW_ROWS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparsejax.ops.formats.packing import pack_bits, pack_trits, unpack_bits, unpack_trits
+from sparsejax.ops.formats.packing import codes_together, pack_bits, pack_trits, unpack_bits, unpack_trits
 from sparsejax.ops.formats.quantize import Extent, decode, quantize
 from sparsejax.ops.formats.scales import STORED, QParams
 from sparsejax.ops.formats.spec import FormatSpec
@@ -147,6 +148,25 @@ def packed(
     if zero is not None and _packs_zeros(spec):
         zero = pack_bits(zero, spec.bits)
     return QTensor(codes, parameters.scale, spec, shape, jnp.dtype(dtype), zero, parameters.second, parameters.mean)
+
+
+def fit_side_by_side(tensors: Sequence[QTensor]) -> bool:
+    """Whether `side_by_side` can take them: one format, scales of every output that are not quantized again, rows of whole
+    bytes."""
+    spec = tensors[0].spec
+    alike = len({(one.spec, one.shape[0], one.codes.shape[:-2], one.dtype) for one in tensors}) == 1
+    by_output = spec.granularity == "channel" or (spec.granularity == "group" and spec.axis == -2)
+    whole = all(one.shape[1] % codes_together(spec.bits, spec.element == "ternary") == 0 for one in tensors)
+    plain = spec.second == "none" and all(one.surrogate is None for one in tensors)
+    return alike and by_output and whole and plain
+
+
+def side_by_side(tensors: Sequence[QTensor]) -> QTensor:
+    """QTensors [..., in, out] that `fit_side_by_side` as one [..., in, sum of out], of the same codes and scales."""
+    first = tensors[0]
+    present = [name for name in ("codes", "scale", "zero") if getattr(first, name) is not None]
+    arrays: dict[str, Any] = {name: jnp.concatenate([getattr(one, name) for one in tensors], axis=-1) for name in present}
+    return dataclasses.replace(first, shape=(first.shape[0], sum(one.shape[1] for one in tensors)), **arrays)
 
 
 def _packs_zeros(spec: FormatSpec) -> bool:

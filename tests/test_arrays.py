@@ -139,9 +139,9 @@ def test_few_rows_are_gathered_and_many_multiplied_with_their_zeros(monkeypatch)
         return x[..., :OUT]
 
     monkeypatch.setattr(arrays, "sparse_gemv", noted)
-    for rows, executor in ((1, "gathered"), (1, "masked"), (arrays.GATHERED_ROWS, "gathered"), (N, "gathered")):
+    for rows, executor in ((1, "gathered"), (1, "masked"), (arrays.FEW_ROWS, "gathered"), (N, "gathered")):
         matmul(dataclasses.replace(left("SparseActivation", (rows,)), executor=executor, most=6), right("Array"))
-    assert asked == [((1, K), 6), ((arrays.GATHERED_ROWS, K), 6)]
+    assert asked == [((1, K), 6), ((arrays.FEW_ROWS, K), 6)]
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS])

@@ -16,7 +16,7 @@ from sparsejax.parallel import rules
 from sparsejax.parallel.config import MeshConfig
 from sparsejax.parallel.mesh import make_mesh
 from sparsejax.plugs import ConfigError
-from sparsejax.quantized_arrays import QTensor, packed, qtensor
+from sparsejax.quantized_arrays import QTensor, fit_side_by_side, packed, qtensor, side_by_side
 from sparsejax.train.checkpoint import Checkpoints, Record, restore
 from tests.ops.formats.samples import SHAPE
 
@@ -167,3 +167,24 @@ def test_outputs_are_scaled_without_touching_the_codes_where_that_can_be(text):
 def test_arrays_that_the_format_does_not_have_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(stored("int4:group=8"), **change).check("w")
+
+
+@pytest.mark.parametrize("spec", ["int4:asym,group=16", "int8", "int3:group=16", "ternary", "nf4:group=16", "mxfp4"])
+def test_weights_of_one_input_lie_side_by_side(spec):
+    rng = np.random.default_rng(0)
+    parts = [qtensor(jnp.asarray(rng.normal(size=(2, 32, out)), jnp.float32), FormatSpec.parse(spec)) for out in (40, 80)]
+    assert fit_side_by_side(parts)
+    whole = side_by_side(parts)
+    whole.check("whole")
+    expected = np.concatenate([part.dequantize() for part in parts], axis=-1)
+    np.testing.assert_array_equal(whole.dequantize(), expected)
+
+
+def test_weights_that_share_bytes_or_scales_stay_apart():
+    def pair(first, second, out=(40, 80)):
+        return [qtensor(jnp.ones((32, n)), FormatSpec.parse(spec)) for spec, n in zip((first, second), out, strict=True)]
+
+    assert not fit_side_by_side(pair("int4", "int8"))
+    assert not fit_side_by_side(pair("int4", "int4", out=(39, 80)))
+    for spec in ("int8:tensor", "int4:group=8,axis=-1", "nf4:group=16,double", "nvfp4"):
+        assert not fit_side_by_side(pair(spec, spec))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.arrays import STORED_ROWS, QuantizedActivation, SparseActivation, matmul
+from sparsejax.arrays import FEW_ROWS, QuantizedActivation, SparseActivation, matmul
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.quantized_arrays import qtensor
 
@@ -47,8 +47,8 @@ def test_every_format_gives_the_product_of_what_it_stands_for(spec, lead):
 @pytest.mark.parametrize("spec", ["int8", "int4", "ternary"])
 def test_products_of_integers_are_exact_however_many_rows(spec):
     rng, w = np.random.default_rng(0), stored(spec, shape=(2100, 5))
-    codes = jnp.asarray(rng.choice([-127, 127], (STORED_ROWS + 1, 2100)), jnp.int8)
-    operand = QuantizedActivation(codes, jnp.ones((STORED_ROWS + 1, 1)), None, jnp.dtype("float32"))
+    codes = jnp.asarray(rng.choice([-127, 127], (FEW_ROWS + 1, 2100)), jnp.int8)
+    operand = QuantizedActivation(codes, jnp.ones((FEW_ROWS + 1, 1)), None, jnp.dtype("float32"))
     few = jax.tree.map(lambda a: a[:2], operand)
     sums = np.asarray(codes, np.int64) @ np.asarray(w.unpacked(), np.int64)
     scale = np.broadcast_to(np.asarray(w.qparams.scale, np.float32), (1, 5))
@@ -74,7 +74,7 @@ def test_nothing_is_dequantized_for_a_token_and_once_for_many():
     w = jax.eval_shape(lambda: stored("int4:asym,group=64", shape=shape))
     compiled = [
         jax.jit(lambda x, w: matmul(x, w)).lower(jax.ShapeDtypeStruct((rows, 512), jnp.float32), w).compile()
-        for rows in (1, STORED_ROWS + 1)
+        for rows in (1, FEW_ROWS + 1)
     ]
     one, many = (program.memory_analysis().temp_size_in_bytes for program in compiled)
     assert one < 2**16 and many >= 4 * 512 * 512

@@ -1,4 +1,4 @@
-"""sparse_gemv in plain JAX for CPU: a loop over the rows of w that count for any row of x, UNROLL of them at a time.
+"""sparse_gemv in plain JAX for CPU: a loop over the rows of w that count for any row of x, several of them at a time.
 
 How many rows there are is data: nothing is padded, nothing is copied out of w, and any number is exact. Rows that share scales
 are summed first, so that scales and zeros cost nothing per row; packed codes are multiplied lane by lane (even and odd columns
@@ -10,7 +10,7 @@ from jax import lax
 
 from kernels_pallas.sparse_gemv.rows import float_rows
 
-UNROLL = 8
+UNROLL = 8  # numbers of a column in one turn: rows times lanes, since each is compiled
 
 
 def sparse_gemv_loop(x, mask, w, *, preferred_element_type=None):
@@ -26,7 +26,7 @@ def sparse_gemv_loop(x, mask, w, *, preferred_element_type=None):
 
 def _loop(x, counts, rows):
     """float[B, lanes, n]: the sum over rows k where `counts` of x[:, k] times row k."""
-    features = rows.shape[0]
+    features, unroll = rows.shape[0], max(2, UNROLL // rows.width[0])
     index = jnp.arange(features)
     before = jnp.cumsum(counts)
     # Channels that count, in order; those of group g stand from starts[g] to starts[g + 1].
@@ -40,14 +40,14 @@ def _loop(x, counts, rows):
         first, end = starts[g], starts[g + 1]
 
         def turn(number, total):
-            for step in range(UNROLL):
-                at = first + number * UNROLL + step
+            for step in range(unroll):
+                at = first + number * unroll + step
                 k = kept[jnp.minimum(at, end - 1)]  # what fills the last turn is the last of them again, with value 0
                 value = jnp.where(at < end, x[:, k], 0)
                 total += value[:, None, None] * rows.read(k)[None]
             return total
 
-        total = lax.fori_loop(0, (end - first + UNROLL - 1) // UNROLL, turn, jnp.zeros_like(y))
+        total = lax.fori_loop(0, (end - first + unroll - 1) // unroll, turn, jnp.zeros_like(y))
         return y + rows.finish(g, total, sums[:, g])
 
     y = jnp.zeros((x.shape[0], *rows.width), x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparsejax.arrays import matmul
 from sparsejax.context import Context
 from sparsejax.layers.linear import Linear
 from sparsejax.nnx_compat import Module, weight
+from sparsejax.quantized_arrays import QTensor, fit_side_by_side, side_by_side
 
 
 class Fused(Module):
@@ -22,7 +24,8 @@ class Fused(Module):
         self.out_dtype = linears[0].out_dtype
         kernels = [linear.kernel.get_value() for linear in linears]
         self.sizes = tuple(kernel.shape[-1] for kernel in kernels)
-        self.kernel = weight(jnp.concatenate(kernels, axis=-1), ("embed", None), "matrix")
+        join = side_by_side if isinstance(kernels[0], QTensor) else functools.partial(jnp.concatenate, axis=-1)
+        self.kernel = weight(join(kernels), ("embed", None), "matrix")
         biases = [linear.bias.get_value() for linear in linears if linear.bias is not None]
         self.bias = weight(jnp.concatenate(biases, axis=-1), (None,), "bias") if biases else None
 
@@ -35,11 +38,14 @@ class Fused(Module):
 
 
 def can_fuse(linears: Sequence[Linear | None]) -> bool:
-    """Whether these maps have plain kernels of one type, all or none a bias, and no ops that act at a single one."""
+    """Whether these maps have kernels of one type or format, all or none a bias, and no ops that act at a single one."""
     found: list[Any] = []
     for linear in linears:
-        if linear is None or linear.inputs or linear.weights or not isinstance(linear.kernel.get_value(), jax.Array):
+        if linear is None or linear.inputs or linear.weights:
             return False
         kernel = linear.kernel.get_value()
-        found.append((kernel.dtype, kernel.shape[:-1], linear.bias is None, linear.out_dtype))
-    return len(set(found)) == 1
+        if not isinstance(kernel, jax.Array | QTensor):
+            return False
+        found.append((type(kernel), kernel.dtype, kernel.shape[:-1], linear.bias is None, linear.out_dtype))
+    kernels = [linear.kernel.get_value() for linear in linears if linear is not None]
+    return len(set(found)) == 1 and (not isinstance(kernels[0], QTensor) or fit_side_by_side(kernels))

@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 
 from configs.recipes import rtn as recipe
+from sparsejax import nnx_compat
 from sparsejax.compress import accounting
 from sparsejax.compress.allocators import Uniform
 from sparsejax.compress.calibration import Calibration, CalibrationSpec
 from sparsejax.compress.pieces import flattened, restored
 from sparsejax.compress.recipe import TIERS, Work, check_recipe, run_recipe
 from sparsejax.context import Context
+from sparsejax.evaluate.generate import Params, decoder
 from sparsejax.io import model_folder
 from sparsejax.methods.pruning.magnitude import Magnitude
 from sparsejax.methods.quant.rtn import Rtn
 from sparsejax.methods.sparsity.refit import Refit
 from sparsejax.methods.sparsity.teal import Teal
+from sparsejax.models.serving import serving_form
 from sparsejax.nnx_compat import merge
 from sparsejax.ops.formats.quantize import fake
 from sparsejax.ops.formats.spec import FormatSpec
@@ -138,3 +141,17 @@ def test_a_piece_of_work_holds_quantized_tensors_and_small_floats_bit_for_bit(te
         again = restored(dict(kept))
     assert list(again) == ["a", "b", "c"] and again["a"].spec == tensor.spec and again["c"].dtype == jnp.bfloat16
     jax.tree.map(np.testing.assert_array_equal, again, found)
+
+
+def test_the_serving_form_joins_maps_of_one_input_and_reads_their_codes():
+    """One token at a time, as `generate` decodes; q, k and v, gate and up are one QTensor each."""
+    model = run_recipe([Rtn("int4:asym,group=16")], tiny_model(), work())
+    served = serving_form(model.structure, model.values)
+    joined = [nnx_compat.at(served[1], path) for path in served[0].paths if path[-2] in ("qkv", "gate_up")]
+    assert len(joined) == 4 and all(isinstance(kernel, QTensor) for kernel in joined)
+    step = decoder(served[0])
+    cache, apply = step.empty_cache(1, 8), jax.jit(step.apply)
+    for at, expected in enumerate(logits(model)[0, :3]):
+        batch = {"tokens": TOKENS[:1, at : at + 1], "positions": np.full((1, 1), at, np.int32)}
+        found, cache = apply(Params(served[1]), batch, cache)
+        np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-4)

@@ -89,9 +89,14 @@ def trit_lanes(packed: UInt8[Array, "*lead packed"]) -> Int[Array, "*lead lanes 
     return jnp.stack(digits, axis=-2).astype(jnp.int8) - jnp.int8(1)
 
 
+def codes_together(bits: int, ternary: bool = False) -> int:
+    """The least number of codes that fill whole bytes."""
+    return TRITS if ternary else _lanes(bits)
+
+
 def _lanes(bits: int) -> int:
     """The least number of codes that fill whole bytes."""
-    return 8 // bits if bits in (1, 2, 4) else 4 if bits == 6 else 8
+    return 1 if bits == 8 else 8 // bits if bits in (1, 2, 4) else 4 if bits == 6 else 8
 
 
 def _padded(array: Array, multiple: int) -> Array:

@@ -147,6 +147,14 @@ class Pass(abc.ABC):
           ConfigError: names the pass, the option and the site.
         """
 
+    def after(self, config: ModelConfig) -> ModelConfig:
+        """The config that this pass leaves, which later passes are checked against; what excludes none of them may be left out.
+
+        Raises:
+          ConfigError: what it puts into a model of this config does not go with what is there.
+        """
+        return config
+
     def check_inputs(self, model: Model, calibration: Calibration) -> None:  # noqa: B027  (most can work with any)
         """Refuse weights or a calibration with which it must fail; asked of every pass before the first one works.
 
@@ -175,6 +183,12 @@ def check_recipe(passes: Sequence[Pass], config: ModelConfig) -> None:
     latest = passes[0]
     for number, one in enumerate(passes):
         check_choice(f"recipe[{number}] ({one.name}): stage", one.stage, STAGES)
+        # Before the order of stages: what excludes an earlier pass altogether should not be told to go first.
+        try:
+            one.check(config)
+            config = one.after(config)
+        except ConfigError as error:
+            raise ConfigError(f"recipe[{number}] ({one.name}): {error}") from error
         if STAGES.index(one.stage) < STAGES.index(latest.stage):
             raise ConfigError(f"recipe[{number}] ({one.name}): changes {one.stage} after {latest.name} has fitted "
                               f"{latest.stage}, which would be wrong from then on; put {one.name} first")
@@ -182,10 +196,6 @@ def check_recipe(passes: Sequence[Pass], config: ModelConfig) -> None:
         check(not (stored and one.changes_floats), f"recipe[{number}] ({one.name}): after", stored,
               "changes weights as floats, and they are stored in another format by then; leave one of the two out")  # fmt: skip
         latest = one
-        try:
-            one.check(config)
-        except ConfigError as error:
-            raise ConfigError(f"recipe[{number}] ({one.name}): {error}") from error
 
 
 def check_experts(passes: Sequence[Pass], config: ModelConfig) -> None:

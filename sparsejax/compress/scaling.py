@@ -19,6 +19,7 @@ import numpy as np
 
 from sparsejax import nnx_compat, plugs
 from sparsejax.compress.packed import float_kernel
+from sparsejax.compress.recipe import Work
 from sparsejax.compress.surgery import chain_at
 from sparsejax.compress.transforms import check_mergeable
 from sparsejax.context import Context
@@ -27,6 +28,8 @@ from sparsejax.models.config import ModelConfig
 from sparsejax.models.site_map import parameter_axes
 from sparsejax.models.sizes import linear_shapes
 from sparsejax.plugs import check
+
+VERIFIED_TOKENS = 512  # of one sequence, on which passes verify that they changed nothing
 
 
 class Pair(NamedTuple):
@@ -149,6 +152,15 @@ def verify_equivalence(model: Model, transformed: Model, tokens: Any, tolerance:
     allowed = tolerance or (1e-4 if model.config.dtype == "float32" else 3e-2)
     check(error <= allowed, "equivalence of a transform", error, f"the logits may differ by {allowed} of the largest")
     return error
+
+
+def note_equivalence(work: Work, name: str, before: Model, after: Model) -> None:
+    """Verify on calibration tokens that a pass changed no logit, and note the largest difference.
+
+    Raises:
+      ConfigError: see `verify_equivalence`.
+    """
+    work.note(name, equivalence=verify_equivalence(before, after, work.calibration.tokens[:1, :VERIFIED_TOKENS]))
 
 
 def logits(model: Model, tokens: Any) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from sparsejax.context import site_matches
 from sparsejax.io.model import Model
 from sparsejax.layers.op import FIELDS
 from sparsejax.models.config import ModelConfig
-from sparsejax.models.site_rules import rule_sites
+from sparsejax.models.site_rules import check_sites, rule_sites
 from sparsejax.plugs import check, nearest
 
 
@@ -41,17 +42,29 @@ def place(model: Model, field: str, plan: Mapping[str, Placed]) -> Model:
     Raises:
       ConfigError: a site that the model lacks, an op that does not fit it.
     """
-    sites = rule_sites(model.config)[field]
-    unknown = sorted(set(plan) - set(sites))
-    check(not unknown, f"{field}: sites", unknown[:4], "are no sites of this model")
-    chains = {site: chain_at(model.config, field, site) for site in sites}
+    config = with_op(model.config, field, {site: placed.op for site, placed in plan.items()})
     arrays: dict[str, Any] = {}
     for site, placed in plan.items():
-        number = len(chains[site])
-        chains[site] = (*chains[site], placed.op)
+        number = len(chain_at(model.config, field, site))
         arrays.update({f"{_module_of(site, field, number)}.{name}": value for name, value in placed.arrays.items()})
-    rules = {name: getattr(model.config, name) for name in FIELDS}
-    return model.with_rules(arrays, **{**rules, field: rules_from(chains)})
+    return model.with_rules(arrays, **{name: getattr(config, name) for name in FIELDS})
+
+
+def with_op(config: ModelConfig, field: str, plan: Mapping[str, str]) -> ModelConfig:
+    """The config with one more op (as text) at each site of `plan`, behind those that act there.
+
+    Args: as `place`.
+    Raises:
+      ConfigError: a site that the model lacks; an op that does not fit it, or does not go with what acts there.
+    """
+    sites = rule_sites(config)[field]
+    unknown = sorted(set(plan) - set(sites))
+    check(not unknown, f"{field}: sites", unknown[:4], "are no sites of this model")
+    chains = {site: chain_at(config, field, site) for site in sites}
+    chains |= {site: (*chains[site], op) for site, op in plan.items()}
+    changed = dataclasses.replace(config, **{field: rules_from(chains)})  # type: ignore[arg-type]
+    check_sites(changed)
+    return changed
 
 
 def _module_of(site: str, field: str, number: int) -> str:

@@ -47,6 +47,25 @@ def check_sites(model: ModelConfig) -> None:
         usable = activation.has_gate_out or not selectors[0].reads_gate
         check(usable, path, model.neurons[index], f"selects by the gate, and {model.ffn.activation!r} has none whose product "
               "with up is the hidden vector")
+    for site in sites["inputs"]:
+        _check_rotated(rules, site)
+
+
+def _check_rotated(rules: SiteRules, site: str) -> None:
+    """Refuse an op that mixes the channels of a map's input (`rotates`) where something counts on their zeros."""
+    ops = rules.at("inputs", site)
+    turned = [number for number, op in enumerate(ops) if getattr(op, "rotates", False)]
+    if not turned:
+        return
+    name = f"{site}: model.inputs"
+    check(turned == [0], name, [type(op).__name__ for op in ops],
+          "an online rotation mixes all channels, so it must be the only one and stand before what selects or rounds them")
+    saving = [type(op).__name__ for op in ops if getattr(op, "skips", ())]
+    check(not saving, name, saving, "saves hidden units by the zeros of this input, which is rotated here")
+    selectors = rules.at("neurons", site.removesuffix(".down")) if site.endswith(".down") else ()
+    check(not selectors, f"{site.removesuffix('.down')}: model.neurons", [type(op).__name__ for op in selectors],
+          f"selects hidden units, and the online rotation at {site} mixes them: its input has no zeros to skip; "
+          "use one of the two")
 
 
 def _check_field(field: str, texts: Sequence[str], rules: Sequence[tuple[str, Sequence[Any]]], shapes: Shapes) -> None:

@@ -1,8 +1,8 @@
 """Quantization-aware training with symmetric integers (Krishnamoorthi, 1806.08342; ranges per token as in LLM-QAT, 2305.17888).
 
-Acts on the input of a linear map (activation op `int8`) and on its weight (weight ops `int8`, `int4`):
+Acts on the input of a linear map (activation ops `int8`, `int4`) and on its weight (weight ops of the same names):
 
-    s = max |x| / q_max         per token for x [..., in] (`int8:token`); per output channel for w [in, out] (`int8`, `int4`)
+    s = max |x| / q_max         per token for x [..., in] (`int4:token`); per output channel for w [in, out] (`int4`)
     q = clip(round(x / s), -q_max, q_max)         q_max = 127 or 7; half to even; narrow range, so that -x quantizes to -q
     y = (q_x @ q_w) * s_x * s_w                   int32 accumulator
 
@@ -29,18 +29,17 @@ from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import check, register
 from sparsejax.quantized_arrays import qtensor
 
-TOKENS = FormatSpec("int8", "token")
 
 def _check_start(start: int) -> None:
     check(start >= 0, "start", start, "must not be negative")
 
 
-@register("activation_op", "int8")
 @dataclasses.dataclass(frozen=True)
-class Int8Activation:
-    """x as int8 with one scale per token; of a SparseActivation the kept values set the scale."""
+class IntegerActivation:
+    """x as integers with one scale per token; of a SparseActivation the kept values set the scale."""
 
     start: int = 0
+    format: ClassVar[FormatSpec]
 
     def __post_init__(self) -> None:
         _check_start(self.start)
@@ -49,15 +48,30 @@ class Int8Activation:
         if not ctx.reached(self.start):
             return x
         if isinstance(x, SparseActivation):
-            return dataclasses.replace(x, values=_quantize_tokens(x.values, jnp.where(x.mask, x.values, 0), ctx))
-        return _quantize_tokens(x, x, ctx)
+            return dataclasses.replace(x, values=self._quantize(x.values, jnp.where(x.mask, x.values, 0), ctx))
+        return self._quantize(x, x, ctx)
+
+    def _quantize(self, x: Array, counted: Array, ctx: Context) -> QuantizedActivation:
+        fixed = jax.lax.stop_gradient
+        parameters = qparams(fixed(counted), self.format)
+        codes = encode(fixed(x), parameters, self.format)
+        return QuantizedActivation(codes, parameters.scale, x if ctx.mode == "train" else None, x.dtype)
 
 
-def _quantize_tokens(x: Array, counted: Array, ctx: Context) -> QuantizedActivation:
-    fixed = jax.lax.stop_gradient
-    parameters = qparams(fixed(counted), TOKENS)
-    codes = encode(fixed(x), parameters, TOKENS)
-    return QuantizedActivation(codes, parameters.scale, x if ctx.mode == "train" else None, x.dtype)
+@register("activation_op", "int8")
+@dataclasses.dataclass(frozen=True)
+class Int8Activation(IntegerActivation):
+    """Codes in [-127, 127]."""
+
+    format: ClassVar[FormatSpec] = FormatSpec("int8", "token")
+
+
+@register("activation_op", "int4")
+@dataclasses.dataclass(frozen=True)
+class Int4Activation(IntegerActivation):
+    """Codes in [-7, 7], held in int8: the CPU has no product of 4-bit integers, nor has any recent GPU."""
+
+    format: ClassVar[FormatSpec] = FormatSpec("int4", "token")
 
 
 @dataclasses.dataclass(frozen=True)

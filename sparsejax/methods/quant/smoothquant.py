@@ -27,7 +27,7 @@ from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.calibration import Calibration
 from sparsejax.compress.packed import check_kernels, float_kernel
 from sparsejax.compress.recipe import WEIGHTS, Pass, Tier, Work
-from sparsejax.compress.scaling import Pair, merge_scales, scaled_pairs, verify_equivalence
+from sparsejax.compress.scaling import Pair, merge_scales, note_equivalence, scaled_pairs
 from sparsejax.compress.statistics import tensor_of
 from sparsejax.io.model import Model
 from sparsejax.methods.pruning.sequential import batches_of
@@ -35,7 +35,6 @@ from sparsejax.models.config import ModelConfig
 from sparsejax.plugs import check
 
 LEAST = 1e-5
-VERIFIED_TOKENS = 512
 
 
 def smooth_scales(
@@ -82,9 +81,9 @@ class SmoothQuant(Pass):
             rows = [np.abs(np.asarray(float_kernel(model, site), np.float64)).max(-1) for site in pair.readers]
             scales[pair.producer] = smooth_scales(largest[pair.producer], np.max(rows, axis=0), self.alpha)
         smoothed = merge_scales(model, pairs, scales)
-        error = verify_equivalence(model, smoothed, work.calibration.tokens[:1, :VERIFIED_TOKENS])
+        note_equivalence(work, self.name, model, smoothed)
         spread = {name: float(found.max() / max(np.median(found), LEAST)) for name, found in largest.items()}
-        work.note(self.name, alpha=self.alpha, equivalence=error, largest_over_median=spread)
+        work.note(self.name, alpha=self.alpha, largest_over_median=spread)
         return smoothed
 
     def _pairs(self, config: ModelConfig) -> list[Pair]:

@@ -32,7 +32,7 @@ from sparsejax import plugs
 from sparsejax.arrays import dense
 from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Tier, Work, check_sparsity
-from sparsejax.compress.surgery import Placed, place
+from sparsejax.compress.surgery import Placed, place, with_op
 from sparsejax.context import Context
 from sparsejax.io.model import Model
 from sparsejax.methods.sparsity.activity import active, contribution, has_exact_zeros, token_rows
@@ -128,6 +128,10 @@ class DejaVu(Pass):
               "hidden units are left out, and here each depends on its whole row")
         check(not activation.halves, "model.ffn.activation", config.ffn.activation, "up has two outputs for each hidden unit")
         check_unselected(config, dense_ffn_layers(config))
+
+    def after(self, config: ModelConfig) -> ModelConfig:
+        layers = dense_ffn_layers(config) if self.sparsity else []
+        return with_op(config, "neurons", {f"blocks.{layer}.mlp": self._op(config)[1] for layer in layers})
 
     def cost(self, config: ModelConfig, tier: Tier) -> str:
         return f"{config.num_layers} predictors x up to {self.epochs} epochs of {tier.sequences} x {tier.length} tokens"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from sparsejax.compress.hadamard import check_unrotated
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Work
 from sparsejax.io.model import Model
 from sparsejax.models.config import ModelConfig
@@ -32,6 +33,7 @@ class FatRelu(Pass):
         check_choice("model.ffn.activation", config.ffn.activation, RAISED)
         own = [feed for feed in config.feed_pattern if feed.startswith("ffn:")]
         check(not own, "model.feed_pattern", own, "has activations of its own")
+        check_unrotated(config, self.name)
 
     def apply(self, model: Model, work: Work) -> Model:
         activation = f"{RAISED[model.config.ffn.activation]}:{self.threshold!r}"

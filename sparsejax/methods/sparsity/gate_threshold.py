@@ -22,7 +22,7 @@ from sparsejax.arrays import dense
 from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Work, check_sparsity
 from sparsejax.compress.statistics import Quantiles
-from sparsejax.compress.surgery import Placed, chain_at, place, sites_of
+from sparsejax.compress.surgery import Placed, chain_at, place, sites_of, with_op
 from sparsejax.context import Context
 from sparsejax.io.model import Model
 from sparsejax.methods.sparsity.activity import token_rows
@@ -90,6 +90,15 @@ class GatePass(Pass):
               f"{self.name} selects by the gate, and this FFN has none whose product with up is the hidden vector")
         check_unselected(config, layers)
 
+    @property
+    def op(self) -> str:
+        """The selector as a config names it."""
+        return "gate_threshold:channels=true" if self.channels else "gate_threshold"
+
+    def after(self, config: ModelConfig) -> ModelConfig:
+        layers = dense_ffn_layers(config) if self.sparsity else []
+        return with_op(config, "neurons", {f"blocks.{layer}.mlp": self.op for layer in layers})
+
     def cost(self, config: ModelConfig, tier: Any) -> str:
         return f"{config.num_layers} blocks x {tier.sequences} x {tier.length} tokens, once"
 
@@ -119,8 +128,7 @@ class GatePass(Pass):
                 **{name: np.asarray(self.attention_threshold(rows[name]), np.float32) for name in maps}}
 
     def _placed(self, model: Model, found: Mapping[int, dict[str, np.ndarray]], maps: tuple[str, ...]) -> Model:
-        op = "gate_threshold:channels=true" if self.channels else "gate_threshold"
-        chosen = {f"blocks.{layer}.mlp": Placed(op, {"threshold": jnp.asarray(piece["threshold"])})
+        chosen = {f"blocks.{layer}.mlp": Placed(self.op, {"threshold": jnp.asarray(piece["threshold"])})
                   for layer, piece in found.items()}
         model = place(model, "neurons", chosen)
         inputs = {f"blocks.{layer}.{name}": Placed("threshold", {"threshold": jnp.asarray(piece[name])})

@@ -34,6 +34,7 @@ from sparsejax.compress.basis import eigenbasis, hadamard_basis, random_basis
 from sparsejax.compress.blocks import Blocks, taps
 from sparsejax.compress.calibration import Calibration
 from sparsejax.compress.recipe import STRUCTURE, Pass, Tier, Work
+from sparsejax.compress.scaling import note_equivalence
 from sparsejax.compress.statistics import second_moment
 from sparsejax.compress.transforms import check_mergeable, folded_kernels, merge_bases
 from sparsejax.io.model import Model
@@ -81,6 +82,8 @@ class Rotate(Pass):
         bases = self._fixed(stretches, model.config) if fixed else self._fitted(stretches, model, work)
         bases["head"] = bases[stretches[-1].name]
         rotated = merge_bases(model, bases)
+        if self.sharing == "model":  # maps of skip paths round anew in every block, which a narrow model sums up
+            note_equivalence(work, self.name, model, rotated)
         maps = [value for path, value in jax.tree_util.tree_leaves_with_path(rotated.values) if "map" in str(path[-1])]
         work.note("rotate", basis=self.basis, per=self.sharing, maps=sum(a.size for a in maps) // model.config.d_model**2,
                   map_bytes=sum(a.nbytes for a in maps))

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 from sparsejax import plugs
 from sparsejax.arrays import SparseActivation, dense
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Work, check_sparsity
-from sparsejax.compress.surgery import Placed, chain_at, place
+from sparsejax.compress.surgery import Placed, chain_at, place, with_op
 from sparsejax.context import Context
 from sparsejax.io.model import Model
 from sparsejax.layers.ffn import FFN
@@ -150,6 +150,10 @@ class SetPass(Pass):
         check(not activation.rowwise, "model.ffn.activation", config.ffn.activation,
               f"{self.name} leaves hidden units out, and here each depends on its whole row")
         check_plain_ffn(config, self.layers(config))
+
+    def after(self, config: ModelConfig) -> ModelConfig:
+        layers = self.layers(config) if self.sparsity else []
+        return with_op(config, "inputs", {f"blocks.{layer}.mlp.down": self.op() for layer in layers})
 
     def apply(self, model: Model, work: Work) -> Model:
         self.check(model.config)  # again: an earlier pass of the recipe may have taken a site

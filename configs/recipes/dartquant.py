@@ -1,4 +1,4 @@
-"""DartQuant: rotations learned through QR by what pulls outliers in, then weights and activations in 4 bits; `WEIGHTS/SOLVER/INPUTS`.
+"""DartQuant: rotations learned through QR by what pulls outliers in, then rounding to 4 bits; `WEIGHTS/SOLVER/INPUTS`.
 
     python -m experiments.compress --model smollm2-135m --recipe configs/recipes/dartquant.py:int4/gptq --out runs/dartquant
 
@@ -6,8 +6,8 @@ Expected (published): SpinQuant's perplexity at a tenth of its cost. Not measure
 """
 
 from sparsejax.compress.recipe import Pass
-from sparsejax.methods.quant.inputs import rounding
 from sparsejax.methods.quant.dartquant import DartQuant
+from sparsejax.methods.quant.inputs import rounding
 
 
 def get_recipe(arg: str = "") -> list[Pass]:

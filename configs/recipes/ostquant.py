@@ -1,4 +1,4 @@
-"""OSTQuant: rotations and scales learned for the float model's logits, then weights and activations in 4 bits; `WEIGHTS/SOLVER/INPUTS`.
+"""OSTQuant: rotations and scales learned for the float model's logits, then rounding to 4 bits; `WEIGHTS/SOLVER/INPUTS`.
 
     python -m experiments.compress --model smollm2-135m --recipe configs/recipes/ostquant.py:int4/gptq --out runs/ostquant
 

@@ -1,4 +1,4 @@
-"""SpinQuant: rotations learned for the loss of the model with 4-bit activations, then both in 4 bits; `WEIGHTS/SOLVER/INPUTS`.
+"""SpinQuant: rotations learned for the loss under 4-bit activations, then rounding to 4 bits; `WEIGHTS/SOLVER/INPUTS`.
 
     python -m experiments.compress --model smollm2-135m --recipe configs/recipes/spinquant.py:int4/gptq --out runs/spinquant
 

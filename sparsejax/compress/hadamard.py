@@ -62,7 +62,7 @@ def _fast_factors(width: int) -> tuple[np.ndarray, ...]:
     return tuple(factor.astype(np.float32) for factor in merged)
 
 
-def transform_rows(kernel: Float[np.ndarray, "... in out"], heads: int = 1) -> np.ndarray:
+def transform_rows(kernel: Float[np.ndarray, "*lead in out"], heads: int = 1) -> np.ndarray:
     """H^T W in float64, what a map multiplies x H with."""
     inputs, out = kernel.shape[-2:]
     factors = orthogonal_factors(inputs // heads)
@@ -107,7 +107,8 @@ def check_online(config: ModelConfig, plan: Mapping[str, int]) -> ModelConfig:
         check(site in inputs, "online rotation: site", site, "is no linear map of this model")
         for field in ("inputs", "weights"):
             ops = "|".join(chain_at(config, field, site))
-            check(not ops, f"{site}: model.{field}", ops, "acts here, so that no rotation can be merged into the kernel; rotate first")
+            check(not ops, f"{site}: model.{field}", ops, "acts here, so that no rotation can be merged into the kernel; "
+                  "rotate first")
     return with_op(config, "inputs", {site: _text(heads) for site, heads in plan.items()})
 
 

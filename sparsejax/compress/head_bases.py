@@ -37,8 +37,8 @@ def check_heads(config: ModelConfig) -> None:
         for field, name in (("weights", "v"), ("weights", "o"), ("inputs", "o")):
             site = f"blocks.{layer}.attn.{name}"
             ops = "|".join(chain_at(config, field, site))
-            check(not ops, f"{site}: model.{field}", ops, "is not linear, or is fitted to the present basis of the heads; change "
-                  "the basis first")
+            check(not ops, f"{site}: model.{field}", ops, "is not linear, or is fitted to the present basis of the heads; "
+                  "change the basis first")
 
 
 def merge_heads(model: Model, bases: Mapping[int, Float[np.ndarray, "G K K"]]) -> Model:

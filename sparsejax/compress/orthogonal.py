@@ -54,7 +54,7 @@ class CayleyMemory(NamedTuple):
 
     first: Array
     second: Array
-    count: Array
+    steps: Array
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Cayley:
     def step(self, held: Array, memory: CayleyMemory, gradient: Array, rate: Array) -> tuple[Array, CayleyMemory]:
         """V = mu V - g^T, A the skew part of V X - X^T X V X / 2, X^T <- Cayley of alpha A; alpha at most 1 / ||A||_1."""
         turned = held.mT
-        count = memory.count + 1
+        count = memory.steps + 1
         weight = 1 - self.momentum if self.second else 1.0
         v = self.momentum * memory.first - weight * gradient.mT
         size, scale = memory.second, jnp.ones(())

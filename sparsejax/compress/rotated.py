@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -25,11 +24,10 @@ from sparsejax.compress.hadamard import hadamard_transform, rotate_online
 from sparsejax.compress.head_bases import merge_heads
 from sparsejax.compress.scaling import merge_scales, scaled_pairs
 from sparsejax.compress.surgery import Placed, place
-from sparsejax.compress.transforms import fold_norms, merge_bases
+from sparsejax.compress.transforms import merge_bases
 from sparsejax.context import Context
 from sparsejax.io.model import Model
 from sparsejax.io.name_map import parameter_slots
-from sparsejax.models.config import ModelConfig
 from sparsejax.models.site_map import residual_stream
 
 STREAM, HEADS, VALUES = "stream", "heads", "attn.v"
@@ -57,7 +55,11 @@ class Rotated:
     """A folded model with ops at its maps, as a function of its bases."""
 
     def __init__(
-        self, folded: Model, online: Sequence[str] = (), inputs: Mapping[str, str] | None = None, weights: Mapping[str, str] = {}
+        self,
+        folded: Model,
+        online: Sequence[str] = (),
+        inputs: Mapping[str, str] = {},
+        weights: Mapping[str, str] = {},
     ):
         """Place the ops.
 
@@ -67,7 +69,7 @@ class Rotated:
           inputs, weights: activation and weight ops without arrays by site, e.g. those that round.
         """
         model = place(folded, "inputs", dict.fromkeys(online, Placed("hadamard"))) if online else folded
-        for field, ops in (("inputs", inputs or {}), ("weights", weights)):
+        for field, ops in (("inputs", inputs), ("weights", weights)):
             model = place(model, field, {site: Placed(op) for site, op in ops.items()}) if ops else model
         self.model, self.online = model, set(online)
         stretches = residual_stream(folded.config)

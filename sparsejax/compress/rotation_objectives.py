@@ -19,18 +19,18 @@ from jaxtyping import Array, Float, Int
 UNIFORM_KURTOSIS = 1.8
 
 
-def kurtosis(y: Float[Array, "..."]) -> Float[Array, ""]:
+def kurtosis(y: Array) -> Float[Array, ""]:
     """Of all entries together; without a unit."""
     centred = y - jnp.mean(y)
     return jnp.mean(centred**4) / jnp.mean(centred**2) ** 2
 
 
-def kurtosis_gap(y: Float[Array, "..."]) -> Float[Array, ""]:
+def kurtosis_gap(y: Array) -> Float[Array, ""]:
     """|kurtosis - that of the uniform distribution|."""
     return jnp.abs(kurtosis(y) - UNIFORM_KURTOSIS)
 
 
-def whip(y: Float[Array, "..."]) -> Float[Array, ""]:
+def whip(y: Array) -> Float[Array, ""]:
     """Mean of exp(-|y|), for entries of root mean square 1; its gradient at 0 is 0."""
     return jnp.mean(jnp.exp(-jnp.abs(y)))
 

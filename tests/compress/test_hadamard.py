@@ -41,8 +41,9 @@ def biased():
     config = dataclasses.replace(model.config, attention=dataclasses.replace(model.config.attention, bias=True))
     shapes = {"q": 32, "k": 16, "v": 16}
     rng = np.random.default_rng(1)
-    new = {f"blocks.{i}.attn.{n}.bias": jnp.asarray(rng.normal(size=size), jnp.float32) for i in range(2) for n, size in shapes.items()}
-    return model.rebuilt(config, new)
+    drawn = {name: rng.normal(size=(2, size)) for name, size in shapes.items()}
+    biases = {f"blocks.{i}.attn.{n}.bias": jnp.asarray(b[i], jnp.float32) for n, b in drawn.items() for i in range(2)}
+    return model.rebuilt(config, biases)
 
 
 @pytest.mark.parametrize("width, heads", [(1, 1), (24, 1), (56, 1), (18, 1), (1536, 1), (576, 9)])

@@ -67,7 +67,8 @@ def test_a_planted_rotation_is_found_by_every_parametrisation(name):
 
 def test_where_nothing_is_gained_the_start_is_kept():
     start = random_basis(6, 0)
-    found = learn(lambda r, f, x: jnp.mean(jnp.abs(r["r"] - x)), {"r": start}, [start.astype(np.float32)], Qr(), rate=1.0, steps=3)
+    here = [start.astype(np.float32)]
+    found = learn(lambda r, f, x: jnp.mean(jnp.abs(r["r"] - x)), {"r": start}, here, Qr(), rate=1.0, steps=3)
     assert found.after == found.before
     np.testing.assert_allclose(found.rotations["r"], start, atol=1e-6)
     with pytest.raises(ConfigError, match="is no number at the start"):

@@ -1,8 +1,8 @@
 """Activations in low precision: what enters linear maps is rounded as it is computed, with scales of its own.
 
-Acts on the inputs of maps by an activation op (`methods.quant.qat` has `int8` and `int4`, one scale per token). Integers of both operands
-are multiplied as integers where the weights' format allows it (per-channel int8, int4, ternary); else both are dequantized.
-Behind a pass that selects entries the kept ones alone set the scale, and zeros stay zeros.
+Acts on the inputs of maps by an activation op (`methods.quant.qat` has `int8` and `int4`, one scale per token). Integers of
+both operands are multiplied as integers where the weights' format allows it (per-channel int8, int4, ternary); else both are
+dequantized. Behind a pass that selects entries the kept ones alone set the scale, and zeros stay zeros.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import ClassVar
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Work
 from sparsejax.compress.surgery import Placed, place, sites_of
 from sparsejax.io.model import Model
+from sparsejax.methods.pruning.sequential import ALL_MAPS
 from sparsejax.methods.quant.gptq import Gptq
 from sparsejax.methods.quant.rtn import Rtn
-from sparsejax.methods.pruning.sequential import ALL_MAPS
 from sparsejax.models.config import ModelConfig
 from sparsejax.plugs import check, check_choice, resolve_chain
 

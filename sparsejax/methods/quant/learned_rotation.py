@@ -167,7 +167,7 @@ class SampleRotation(LearnedRotation):
             y = jnp.einsum("lgnk,lgkj->lgnj", x, rotations[HEADS])
             return jnp.mean(jax.vmap(self.objective)(y.reshape(-1, *y.shape[2:])))
 
-        found = {}
+        found: Rotations = {}
         for name, loss, rows, axis in ((STREAM, of_stream, taken.stream, 0), (HEADS, of_heads, taken.heads, 2)):
             count = max(1, rows.shape[axis] // self.batch)
             cut = count * (rows.shape[axis] // count)  # batches of one shape are compiled once
@@ -195,8 +195,8 @@ def samples(folded: Model, work: Work, rows: int, seed: int) -> Samples:
                 entering[name].append(np.asarray(x, np.float32)[:, skip:].reshape(-1, x.shape[-1]))
         for name in ("attn.q", "mlp.up"):
             stream.append(_drawn(np.concatenate(entering[name]), quota, rng))
-        read = np.concatenate(entering["attn.o"]).reshape(-1, a.num_kv_heads, a.num_heads // a.num_kv_heads, a.head_dim)
-        read = read.transpose(1, 0, 2, 3).reshape(a.num_kv_heads, -1, a.head_dim)
+        by_head = np.concatenate(entering["attn.o"]).reshape(-1, a.num_kv_heads, a.num_heads // a.num_kv_heads, a.head_dim)
+        read = by_head.transpose(1, 0, 2, 3).reshape(a.num_kv_heads, -1, a.head_dim)
         heads.append(_drawn(read, 2 * quota, rng, axis=1))
     return Samples(_unit(rng.permutation(np.concatenate(stream))), _unit(np.stack(heads)))
 

@@ -8,8 +8,8 @@ Fitting" (Hu et al., 2025, arXiv 2501.13987). Pairs that cancel, O orthogonal an
 O of the residual stream (R1) and of each head between v and o (R2); s behind each norm, between up and down, and in each head;
 R4 is a fixed Hadamard transform, behind the scales of up. What is minimised is KL-Top: KL of the k largest logits of the
 float model, both sides renormalised over these, with inputs and weights rounded, since scales would else push all
-difficulty into the weights. R1 starts from eigenvectors of the readers' sum of W W^T times a Hadamard matrix ("WOMI"), R2 from a
-Hadamard matrix, s from 1.
+difficulty into the weights. R1 starts from eigenvectors of the readers' sum of W W^T times a Hadamard matrix ("WOMI"), R2 from
+a Hadamard matrix, s from 1.
 Published: k 1,000, about 150 iterations, Riemannian Adam. Unsourced: rates, here .02 for Cayley Adam, .01 for s.
 """
 

@@ -78,10 +78,12 @@ class OnlineHadamard:
     """x H, by `heads` equal parts of the input.
 
     rotates: what enters the map has its channels mixed (`models.site_rules` refuses what this breaks).
+    merged: the kernel holds its inverse, so that without the op the model is another function.
     """
 
     heads: int = 1
     rotates: ClassVar[bool] = True
+    merged: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self.heads >= 1, "heads", self.heads, "must be at least 1")

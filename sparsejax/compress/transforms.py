@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,12 @@ ORTHOGONAL = 1e-6  # largest entry of |Q^T Q - I|
 @register("activation_op", "map")
 @dataclasses.dataclass(frozen=True)
 class SkipMap:
-    """x @ map, a dense map [D, D] on a skip path: the change from one basis to the next."""
+    """x @ map, a dense map [D, D] on a skip path: the change from one basis to the next.
+
+    merged: the kernels are those of the bases, so that without the op the model is another function.
+    """
+
+    merged: ClassVar[bool] = True
 
     def parameters(self, shape: tuple[int, ...], axes: tuple[str | None, ...], key: Array) -> dict[str, Weight]:
         """The map, at first the identity."""

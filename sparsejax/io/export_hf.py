@@ -21,7 +21,7 @@ from sparsejax.io.model import Model
 from sparsejax.io.model_folder import claim, write_texts
 from sparsejax.io.safetensors_file import write_safetensors
 from sparsejax.io.weights_out import plan_tensors, quantized_maps
-from sparsejax.layers.op import FIELDS
+from sparsejax.layers.op import FIELDS, SiteRules
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.sizes import parameter_counts
 from sparsejax.plugs import ConfigError, check_choice
@@ -69,9 +69,12 @@ def write_hf(
     if extra is not None:
         documents[sparsity_config.NAME] = extra
         beside = f", what they were fitted to in {sparsity_config.ARRAYS}" if arrays else ""
+        rules = SiteRules.of(model.config)
+        merged = any(getattr(op, "merged", False) for field in FIELDS for _, ops in getattr(rules, field) for op in ops)
+        without = "must not run it: the kernels hold the inverse of rotations" if merged else "compute the dense model"
         notes.append(
             "config.json has no words for rules (model.inputs, weights, neurons, residuals): they are in "
-            f"{sparsity_config.NAME}{beside}, and readers that do not know it compute the dense model"
+            f"{sparsity_config.NAME}{beside}, and readers that do not know it {without}"
         )
     texts = {"README.md": model_card(model, family, command, results, notes)}
     texts |= {name: _text(document) for name, document in reversed(documents.items())}

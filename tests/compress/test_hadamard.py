@@ -37,7 +37,7 @@ SERVE = Context(mode="prefill")
 @functools.cache
 def biased():
     """Two layers, grouped queries, biases that are not zero."""
-    model = tiny_model(layers=2)
+    model = tiny_model(layers=2, unroll=1)
     config = dataclasses.replace(model.config, attention=dataclasses.replace(model.config.attention, bias=True))
     shapes = {"q": 32, "k": 16, "v": 16}
     rng = np.random.default_rng(1)

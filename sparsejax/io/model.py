@@ -16,7 +16,7 @@ from sparsejax.io.name_map import Slot, parameter_slots
 from sparsejax.layers.op import FIELDS
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.site_rules import check_sites
-from sparsejax.models.transformer import Transformer
+from sparsejax.models.transformer import Transformer, abstract_transformer
 from sparsejax.nnx_compat import LAYERCAST, Structure
 from sparsejax.plugs import check
 
@@ -77,7 +77,7 @@ class Model:
           ConfigError: rules that do not fit, a parameter that neither has, a name that the new model lacks, another shape.
         """
         check_sites(config)
-        structure, shapes = nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
+        structure, shapes = abstract_transformer(config)
         old = parameter_slots(self.module(), self.structure.paths)
         new = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
         missing = sorted(set(new) - set(old) - set(arrays))

@@ -23,7 +23,7 @@ from sparsejax.io.name_map import parameter_slots
 from sparsejax.io.safetensors_file import Safetensors, read_header
 from sparsejax.layers.op import FIELDS
 from sparsejax.models.config import ModelConfig
-from sparsejax.models.transformer import Transformer
+from sparsejax.models.transformer import abstract_transformer
 from sparsejax.plugs import ConfigError, check, check_choice
 
 NAME, ARRAYS = "sparsity_config.json", "sparsity.safetensors"
@@ -40,7 +40,7 @@ def arrays_of_ops(model: Model) -> list[tuple[str, tuple[int, ...], np.dtype, An
     """What the rules of a model have added to its parameters, by name with layers written out, for `write_safetensors`."""
     slots = parameter_slots(model.module(), model.structure.paths)
     dense = dataclasses.replace(model.config, inputs=(), weights=(), neurons=(), residuals=())
-    structure, shapes = nnx_compat.abstract(lambda: Transformer(dense, jax.random.key(0)))
+    structure, shapes = abstract_transformer(dense)
     added = sorted(set(slots) - set(parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)))
     arrays = {name: model.parameter(name) for name in added}
     return [

@@ -23,7 +23,7 @@ from sparsejax.io.family import Family
 from sparsejax.io.name_map import Entry, Slot, Stacked, expand, parameter_slots
 from sparsejax.io.tensors import TensorInfo, TensorSource
 from sparsejax.models.config import ModelConfig
-from sparsejax.models.transformer import Transformer
+from sparsejax.models.transformer import abstract_transformer
 from sparsejax.nnx_compat import Structure, held_in
 from sparsejax.parallel import rules
 from sparsejax.plugs import ConfigError, check
@@ -49,7 +49,7 @@ def load_values(
     """
     layers, stored = config.num_layers + config.encoder_layers, len(source.tensors)
     check(layers <= stored, f"{source.path}: layers", layers, f"more than the {stored} tensors of the file")
-    structure, shapes = nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
+    structure, shapes = abstract_transformer(config)
     slots = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
     entries = expand(family.entries(config), config, set(slots), family.experts(config))
     names = Names(family, source)

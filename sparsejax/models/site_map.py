@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
-
 from sparsejax import nnx_compat
 from sparsejax.io.name_map import parameter_slots
 from sparsejax.models.config import ModelConfig
-from sparsejax.models.transformer import Transformer
+from sparsejax.models.transformer import abstract_transformer
 from sparsejax.plugs import ConfigError, check
 
 STREAM_AXIS = "embed"  # the logical axis of parameters along the residual stream
@@ -121,7 +119,7 @@ def residual_stream(config: ModelConfig) -> list[Stretch]:
 
 def parameter_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
     """Logical axes of every parameter by name, layers written out; nothing is allocated."""
-    structure, shapes = nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
+    structure, shapes = abstract_transformer(config)
     slots = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
     axes = dict(zip(structure.paths, (variable.axes for variable in structure.variables), strict=True))
     return {name: axes[slot.path] for name, slot in slots.items()}

@@ -22,7 +22,7 @@ from sparsejax.layers.norm import Norm
 from sparsejax.layers.op import SiteRules
 from sparsejax.layers.stack import Stack
 from sparsejax.models.config import ModelConfig
-from sparsejax.nnx_compat import Module, weight
+from sparsejax.nnx_compat import Module, Structure, weight
 from sparsejax.ops.position_bias import relative_bias
 from sparsejax.ops.rope import rope_tables
 from sparsejax.plugs import check
@@ -169,6 +169,16 @@ class _Static:
 
     def __hash__(self) -> int:
         return hash(repr(self.value))
+
+
+def abstract_transformer(config: ModelConfig) -> tuple[Structure, dict[str, Any]]:
+    """Structure and ShapeDtypeStructs of a finalized config's model; nothing is allocated, equal configs share them."""
+    return _abstract(_Static(config))
+
+
+@functools.lru_cache(maxsize=16)  # post-training passes ask for the same few many times, a third of a second each
+def _abstract(config: _Static) -> tuple[Structure, dict[str, Any]]:
+    return nnx_compat.abstract(lambda: Transformer(config.value, jax.random.key(0)))
 
 
 def shared_tables(config: ModelConfig, positions: Array, bias: Any, bidirectional: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from sparsejax.arrays import QTensor
 from sparsejax.compress.export import packed_values
 from sparsejax.compress.export_model import export_model
+from sparsejax.compress.hadamard import rotate_online
 from sparsejax.context import Context
 from sparsejax.data.tokenizers import Bytes, parse_tokenizer
 from sparsejax.io import export_hf, model_folder
@@ -164,13 +165,22 @@ def test_an_exported_hugging_face_folder_is_the_same_model(tmp_path):
 def test_rules_travel_beside_a_hugging_face_config(model, tmp_path):
     ruled = model.with_rules(**RULES)
     exported = export_hf.write_hf(ruled, tmp_path / "hf")
-    assert "sparsity_config.json" in exported.files and exported.notes
+    assert "sparsity_config.json" in exported.files and "compute the dense model" in exported.notes[0]
     again = load(str(tmp_path / "hf"))
     assert (again.config.inputs, again.config.weights) == (RULES["inputs"], RULES["weights"])
     np.testing.assert_array_equal(logits(again), logits(ruled))
     (tmp_path / "hf" / "sparsity_config.json").write_text(json.dumps({"format": 1, "inputs": ["blocks.*.mlp.down"]}))
     with pytest.raises(ConfigError, match="SITE_GLOB=OP"):
         load(str(tmp_path / "hf"))
+
+
+def test_a_rotation_whose_inverse_is_in_the_kernels_travels_with_a_warning(model, tmp_path):
+    rotated = rotate_online(model, {"blocks.0.mlp.down": 1})
+    exported = export_hf.write_hf(rotated, tmp_path / "hf")
+    assert "readers that do not know it must not run it" in exported.notes[0]
+    again = load(str(tmp_path / "hf"))
+    assert again.config.inputs == ("blocks.0.mlp.down=hadamard",)
+    np.testing.assert_array_equal(logits(again), logits(rotated))
 
 
 def test_packed_weights_are_refused_by_name_where_the_format_has_none(packed, tmp_path):

@@ -69,7 +69,7 @@ class Int8Activation(IntegerActivation):
 @register("activation_op", "int4")
 @dataclasses.dataclass(frozen=True)
 class Int4Activation(IntegerActivation):
-    """Codes in [-7, 7], held in int8: the CPU has no product of 4-bit integers, nor has any recent GPU."""
+    """Codes in [-7, 7], held in int8: XLA has no product of 4-bit integers on CPU, nor Hopper an instruction for it."""
 
     format: ClassVar[FormatSpec] = FormatSpec("int4", "token")
 

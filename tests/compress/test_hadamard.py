@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configs.recipes import cats
 from sparsejax import plugs
@@ -52,6 +54,14 @@ def test_the_fast_transform_is_the_dense_product(width, heads):
     basis = np.kron(np.eye(heads), hadamard_basis(width // heads))
     np.testing.assert_allclose(hadamard_transform(x, heads), x.astype(np.float64) @ basis, atol=2e-6)
     np.testing.assert_allclose(transform_rows(x.T, heads), basis.T @ x.T.astype(np.float64), atol=1e-13)
+
+
+@given(st.integers(1, 60), st.integers(1, 3), st.integers(0, 10**6))
+def test_what_is_merged_into_a_kernel_undoes_the_transform_at_every_width(width, heads, seed):
+    rng = np.random.default_rng(seed)
+    x, kernel = rng.normal(size=(3, width * heads)), rng.normal(size=(2, width * heads, 4))
+    rotated = x @ np.kron(np.eye(heads), hadamard_basis(width))
+    np.testing.assert_allclose(rotated @ transform_rows(kernel, heads), x @ kernel, atol=1e-10)
 
 
 def test_it_keeps_lengths_and_its_gradient_is_the_transpose():
@@ -151,16 +161,16 @@ def test_what_is_not_linear_is_refused_naming_the_site():
         check_online(with_inputs(), {"blocks.0.residual.mlp": 1})
 
 
-NEURONS = [(cats.get_recipe("0.5")[0], "neurons"), (Chess(0.5), "neurons"), (DejaVu(0.5), "neurons"), (Griffin(0.5), "inputs")]
+NEURONS = [cats.get_recipe("0.5")[0], Chess(0.5), DejaVu(0.5), Griffin(0.5)]
 
 
-@pytest.mark.parametrize("chosen, field", NEURONS, ids=[type(one).__name__ for one, _ in NEURONS])
-def test_an_online_rotation_at_down_and_a_choice_of_hidden_units_exclude_each_other_in_both_orders(chosen, field):
+@pytest.mark.parametrize("chosen", NEURONS, ids=[type(one).__name__ for one in NEURONS])
+def test_an_online_rotation_at_down_and_a_choice_of_hidden_units_exclude_each_other_in_both_orders(chosen):
     config = tiny_model(layers=2).config
     with pytest.raises(ConfigError, match=rf"recipe\[1\] \({chosen.name}\): .*blocks.0.mlp"):
         check_recipe([OnlineRotate(), chosen], config)
     check_recipe([Rotate("hadamard"), RotateValues(), chosen], config)  # R1 and R2 leave the hidden units as they are
-    with pytest.raises(ConfigError, match=r"recipe\[1\] \(onlinerotate\)"):
+    with pytest.raises(ConfigError, match=r"recipe\[1\] \(onlinerotate\): blocks.0.mlp"):
         check_recipe([chosen, OnlineRotate()], config)
 
 

@@ -44,13 +44,14 @@ def work(folder=None):
 
 @functools.cache
 def outlier_model():
-    """Two blocks with a few channels behind each norm, between v and o and in front of down far above the others."""
+    """Two blocks with a few channels of the stream, behind each norm, between v and o and in front of down above the others."""
     model, arrays = tiny.tiny_model(layers=2, unroll=1), {}
 
     def scale(name, factor, axis=0, channels=(3, 11)):
         index = (slice(None),) * axis + (jnp.array(channels),)
         arrays[name] = arrays.get(name, model.parameter(name)).at[index].multiply(factor)
 
+    scale("embed.table", 8.0, axis=1)
     for i in range(2):
         for norm, readers in (("attn_norm", ("attn.q", "attn.k", "attn.v")), ("mlp_norm", ("mlp.gate", "mlp.up"))):
             scale(f"blocks.{i}.{norm}.gain", 30.0)
@@ -182,6 +183,11 @@ def test_the_heads_have_rotations_of_their_own(learned, name):
 def merged_start():
     one, folded = KurTail(), fold_norms(outlier_model())
     return merge_rotations(outlier_model(), one.start(folded), {}, DOWNS)
+
+
+def test_the_start_of_ostquant_fills_more_of_the_grid_than_plain_channels(learned):
+    space = learned["ostquant"][1]["log_qsur"]
+    assert set(space) == {"plain", "start", "learned"} and space["plain"] < min(space["start"], space["learned"])
 
 
 def test_scales_are_learned_where_they_are_asked_for(learned):

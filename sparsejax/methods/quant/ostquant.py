@@ -10,6 +10,7 @@ R4 is a fixed Hadamard transform, behind the scales of up. What is minimised is 
 float model, both sides renormalised over these, with inputs and weights rounded, since scales would else push all
 difficulty into the weights. R1 starts from eigenvectors of the readers' sum of W W^T times a Hadamard matrix ("WOMI"), R2 from
 a Hadamard matrix, s from 1.
+The report has the paper's QSUR, `rotation_objectives.log_qsur`, of what enters the blocks.
 Published: k 1,000, about 150 iterations, Riemannian Adam. Unsourced: rates, here .02 for Cayley Adam, .01 for s.
 """
 
@@ -27,14 +28,16 @@ from sparsejax.compress.basis import eigenbasis, hadamard_basis
 from sparsejax.compress.orthogonal import Cayley, Parametrisation
 from sparsejax.compress.recipe import Work
 from sparsejax.compress.rotated import STREAM, free_scales
-from sparsejax.compress.rotation_objectives import kl_top
+from sparsejax.compress.rotation_objectives import kl_top, log_qsur
 from sparsejax.compress.transforms import folded_kernels
 from sparsejax.context import Context
 from sparsejax.io.model import Model
-from sparsejax.methods.quant.learned_rotation import ModelRotation, Rotations
+from sparsejax.methods.quant.learned_rotation import ModelRotation, Rotations, samples
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.site_map import residual_stream
 from sparsejax.plugs import check, resolve_chain
+
+SPACE_ROWS = 16_384
 
 
 @dataclass
@@ -78,4 +81,13 @@ class OstQuant(ModelRotation):
 
         free = free_scales(folded) if self.scale_rate else {}
         found = self.learned(work, "kl_top", loss, start, batches, free=free, free_rate=self.scale_rate)
+        bases = {"plain": np.eye(folded.config.d_model), "start": start[STREAM], "learned": found.rotations[STREAM]}
+        self._note_space(folded, work, bases)
         return found.rotations, found.free
+
+    def _note_space(self, folded: Model, work: Work, bases: Mapping[str, np.ndarray]) -> None:
+        """The share of the quantizer's grid that what enters the blocks fills, before its scales, in these bases."""
+        rows = np.asarray(samples(folded, work, SPACE_ROWS, self.seed).stream, np.float64)
+        if len(rows) > rows.shape[1]:  # else the ellipsoid is flat
+            c = rows.T @ rows / len(rows)
+            work.note(self.name, log_qsur={name: log_qsur(basis.T @ c @ basis) for name, basis in bases.items()})

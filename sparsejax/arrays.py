@@ -102,18 +102,18 @@ class SparseActivation:
 class LowRank:
     """A weight of low rank: w = a @ b.
 
-    a: [..., in, r]; b: [..., r, out].
+    a: [..., in, r]; b: [..., r, out]; arrays or QTensors.
     """
 
-    a: Float[Array, "*lead in r"]
-    b: Float[Array, "*lead r out"]
+    a: Any
+    b: Any
 
     @property
     def dtype(self) -> Any:
         return self.a.dtype
 
     def dense(self) -> Array:
-        return self.a @ self.b
+        return dense(self.a) @ dense(self.b)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "update"], meta_fields=[])

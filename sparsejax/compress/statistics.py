@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -126,3 +126,47 @@ def _sorted_scores(
             magnitude = magnitudes[tensor_of(site.split(".", 2)[2])]
             found[key] = Quantiles(magnitude * scales[site].astype(magnitude.dtype) if site in scales else magnitude).sorted
     return found
+
+
+class Range(NamedTuple):
+    """The least and the greatest entry of each channel of a calibration tensor, float32 [in]."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    @property
+    def magnitude(self) -> np.ndarray:
+        """max |x| by channel."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+
+def channel_ranges(blocks: Blocks, work: Work, sites: Sequence[str], name: str = "ranges") -> dict[str, Range]:
+    """By site, the range of what enters its map, from one pass over the calibration; a piece per layer.
+
+    Args:
+      blocks: of the model that is measured.
+      sites: `blocks.3.mlp.down`, ...
+      name: of the pieces; another one where anything but the model differs.
+    """
+    skip, tokens = work.calibration.spec.skip_first, work.calibration.tokens
+    together = max(1, TOKENS_TOGETHER // tokens.shape[1])
+    streams = [blocks.embed(tokens[first : first + together]) for first in range(0, len(tokens), together)]
+
+    def measure(layer: int, tensors: Sequence[str]) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for h in streams:
+            for tensor, x in blocks.tensors(layer, h, *tensors)[1].items():
+                rows = np.asarray(x[:, skip:], np.float32).reshape(-1, x.shape[-1])
+                low, high = found.get(f"{tensor}:low", np.inf), found.get(f"{tensor}:high", -np.inf)
+                found |= {f"{tensor}:low": np.minimum(low, rows.min(0)), f"{tensor}:high": np.maximum(high, rows.max(0))}
+        return found
+
+    ranges: dict[str, Range] = {}
+    for layer in work.layers("ranges of inputs", len(blocks)):
+        here = {site: tensor_of(site.split(".", 2)[2]) for site in sites if site.split(".")[1] == str(layer)}
+        tensors = tuple(dict.fromkeys(here.values()))
+        kept = work.piece(f"{name}-{layer}", functools.partial(measure, layer, tensors)) if here else {}
+        ranges |= {site: Range(kept[f"{tensor}:low"], kept[f"{tensor}:high"]) for site, tensor in here.items()}
+        if layer + 1 < len(blocks):
+            streams = [blocks.run(layer, h)[0] for h in streams]
+    return ranges

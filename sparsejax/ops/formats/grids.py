@@ -162,6 +162,8 @@ _FLOATS = {
     "fp6_e2m3": Floats(2, 3, 1, 0x1F),
     "fp6_e3m2": Floats(3, 2, 3, 0x1F),
     "fp4_e2m1": Floats(2, 1, 1, 0x7),
+    "fp4_e1m2": Floats(1, 2, 0, 0x7),  # the grid of narrow int4
+    "fp4_e3m0": Floats(3, 0, 3, 0x7),
 }
 _INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 # x = 2^-q, or 2^(-q/2), for tensors that are never negative, such as attention probabilities.

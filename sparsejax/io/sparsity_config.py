@@ -25,6 +25,7 @@ from sparsejax.layers.op import FIELDS
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.transformer import abstract_transformer
 from sparsejax.plugs import ConfigError, check, check_choice
+from sparsejax.quantized_arrays import QTensor
 
 NAME, ARRAYS = "sparsity_config.json", "sparsity.safetensors"
 FORMAT = 1
@@ -37,12 +38,18 @@ def written(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def arrays_of_ops(model: Model) -> list[tuple[str, tuple[int, ...], np.dtype, Any]]:
-    """What the rules of a model have added to its parameters, by name with layers written out, for `write_safetensors`."""
+    """What the rules of a model have added to its parameters, by name with layers written out, for `write_safetensors`.
+
+    Raises:
+      ConfigError: an array in a format of ours (the factors of LoRC), which these files do not hold.
+    """
     slots = parameter_slots(model.module(), model.structure.paths)
     dense = dataclasses.replace(model.config, inputs=(), weights=(), neurons=(), residuals=())
     structure, shapes = abstract_transformer(dense)
     added = sorted(set(slots) - set(parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)))
     arrays = {name: model.parameter(name) for name in added}
+    stored = [name for name, array in arrays.items() if isinstance(array, QTensor)]
+    check(not stored, "--format: arrays of rules", stored[:4], "are in a number format; keep the model as a folder of ours")
     return [
         (name, array.shape, np.dtype(array.dtype), lambda array=array: np.asarray(jax.device_get(array)))
         for name, array in arrays.items()

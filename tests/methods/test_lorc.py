@@ -17,6 +17,7 @@ from sparsejax.compress.recipe import TIERS, Work, check_recipe, run_recipe
 from sparsejax.compress.scaling import logits
 from sparsejax.compress.statistics import second_moment
 from sparsejax.io import model_folder
+from sparsejax.io.sparsity_config import arrays_of_ops
 from sparsejax.methods.quant.gptq import Gptq
 from sparsejax.methods.quant.inputs import QuantizedInputs
 from sparsejax.methods.quant.lorc import Lorc, compensation, damped
@@ -130,6 +131,11 @@ def test_every_byte_of_the_factors_is_counted_and_the_folder_gives_the_same_bits
     again = model_folder.load(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again.values, model.values)
     np.testing.assert_array_equal(logits(again, TOKENS[:1]), logits(model, TOKENS[:1]))
+
+
+def test_files_that_hold_no_packed_factors_refuse_them_by_name():
+    with pytest.raises(ConfigError, match=r"arrays of rules = \['blocks.0.attn.q.weights.0.a'.*are in a number format"):
+        arrays_of_ops(compensated("plain")[0])
 
 
 def test_what_was_interrupted_goes_on_at_its_block_to_the_same_bits(tmp_path):

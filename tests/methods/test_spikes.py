@@ -107,7 +107,8 @@ def test_ranges_are_those_of_the_tensors_without_the_tokens_that_are_skipped(tmp
 def test_a_peak_is_judged_by_the_median_of_its_kind():
     peaks = {"blocks.0.mlp.down": 3.0, "blocks.1.mlp.down": 300.0, "blocks.0.attn.o": 7.0, "blocks.1.attn.o": 0.0}
     ratios = over_median(peaks)
-    assert ratios == {"blocks.0.mlp.down": 1, "blocks.1.mlp.down": 100, "blocks.0.attn.o": np.inf, "blocks.1.attn.o": 1}
+    assert ratios["blocks.0.mlp.down"] == 1 and ratios["blocks.1.mlp.down"] == 100
+    assert ratios["blocks.1.attn.o"] == 0 and 1e20 < ratios["blocks.0.attn.o"] < np.inf  # reports hold finite numbers
 
 
 def test_an_injected_spike_selects_exactly_its_map_and_leaves_it_float():

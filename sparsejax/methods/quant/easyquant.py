@@ -148,7 +148,8 @@ class EasyQuant(Pass):
         return f"{config.num_layers} blocks x 7 passes of {tokens:,} tokens, and {searches}"
 
     def apply(self, model: Model, work: Work) -> Model:
-        sites, found = maps_of(model.config, self.sites), {}
+        sites = maps_of(model.config, self.sites)
+        found: dict[str, Any] = {}
         fit = _Fit(self, model, sites, work)
         for layer in work.layers(self.name, len(fit.float)):
             here = [site for site in sites if site.split(".")[1] == str(layer)]
@@ -199,7 +200,7 @@ class _Fit:
             every = -(-len(x) // SAMPLE)
             for site in here:
                 kernel = float_kernel(self.model, site)
-                wanted = x[::every] @ kernel.astype(x.dtype)
+                wanted = x[::every].astype(jnp.float32) @ kernel.astype(jnp.float32)
                 factors = jnp.asarray(factors_of(self.options.steps))
                 scales = best_scales(wanted, x_rounded[::every], kernel, largest, factors, self.spec)
                 found[site] = qtensor(kernel, self.spec, parameters=QParams(scales.weights))

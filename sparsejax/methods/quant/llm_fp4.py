@@ -235,7 +235,8 @@ class LlmFp4(Pass):
         return f"{config.num_layers} blocks x 2 passes of {tokens:,} tokens, and {searches}"
 
     def apply(self, model: Model, work: Work) -> Model:
-        sites, blocks, found = maps_of(model.config, self.sites), Blocks(model), {}
+        sites, blocks = maps_of(model.config, self.sites), Blocks(model)
+        found: dict[str, Any] = {}
         streams = [blocks.embed(tokens) for tokens in batches_of(work.calibration)]
         skip = work.calibration.spec.skip_first
         for layer in work.layers(self.name, len(blocks)):

@@ -16,17 +16,16 @@ and the second target of `aug_loss`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
-from sparsejax.compress.blocks import Blocks
+from sparsejax.compress.block_learning import BlockLearning, in_turn
 from sparsejax.compress.calibration import Calibration
 from sparsejax.compress.packed import check_format, check_kernels, float_kernel, note_formats, with_qtensors
 from sparsejax.compress.recipe import FORMATS, Pass, Tier, Work
@@ -113,18 +112,20 @@ class OmniQuant(Pass):
         return f"{config.num_layers} blocks x {self.epochs} x {tier.sequences} steps of {tier.length:,} tokens"
 
     def apply(self, model: Model, work: Work) -> Model:
-        sites, learning = maps_of(model.config, self.sites), _Learning(self, model, work.calibration.spec.skip_first)
+        sites, spec = maps_of(model.config, self.sites), FormatSpec.parse(self.format)
+        rates, skip = {"high": self.rate, "low": self.rate}, work.calibration.spec.skip_first
+        learning = BlockLearning(model, lambda kernel, logits: learnable(kernel, spec, logits), rates, self.epochs, skip)
         blocks = learning.blocks
         # Of the float and of the rounded model, float[sequences, T, D].
         dense = rounded = jnp.concatenate([blocks.embed(tokens) for tokens in batches_of(work.calibration)])
         found: dict[str, Any] = {}
         for layer in work.layers(self.name, len(blocks)):
             here = [site for site in sites if site.split(".")[1] == str(layer)]
-            target = _in_turn(blocks, layer, dense, blocks.values(layer))
-            learn = functools.partial(learning.block, layer, here, rounded, target)
+            target = in_turn(blocks, layer, dense)
+            learn = functools.partial(self._block, learning, model, layer, here, rounded, target)
             fitted = work.piece(f"block{layer}", learn) if here else {}
             kernels = {name: value for name, value in fitted.items() if isinstance(value, QTensor)}
-            dense, rounded = target, _in_turn(blocks, layer, rounded, with_kernels(blocks.values(layer), kernels))
+            dense, rounded = target, in_turn(blocks, layer, rounded, with_kernels(blocks.values(layer), kernels))
             found |= fitted
         tensors = {site: found[site] for site in sites}
         losses = {name: [float(found[f"{name}:{layer}"]) for layer in range(len(blocks)) if f"{name}:{layer}" in found]
@@ -132,57 +133,22 @@ class OmniQuant(Pass):
         note_formats(work, self.name, model, tensors, block_losses=losses)
         return with_qtensors(model, tensors)
 
-
-def _in_turn(blocks: Blocks, layer: int, h: Array, values: dict[str, Any]) -> Array:
-    """What leaves a block for each sequence, one at a time."""
-    return jnp.concatenate([blocks.run(layer, h[i : i + 1], values=values)[0] for i in range(len(h))])
-
-
-class _Learning:
-    """The steps of the learning, compiled once for each kind of block."""
-
-    def __init__(self, options: OmniQuant, model: Model, skip: int):
-        self.options, self.model, self.blocks, self.skip = options, model, Blocks(model), skip
-        self.spec, self.optimizer = FormatSpec.parse(options.format), optax.adam(options.rate)
-        self.programs = functools.cache(self._compile)
-
-    def block(self, layer: int, sites: Sequence[str], entering: Array, target: Array) -> dict[str, Any]:
+    def _block(
+        self, learning: BlockLearning, model: Model, layer: int, sites: Sequence[str], entering: Array, target: Array
+    ) -> dict[str, Any]:
         """QTensors by site, and the mean squared error of the block: `nearest:LAYER`, `learned:LAYER`."""
-        kernels = {site.split(".", 2)[2]: float_kernel(self.model, site) for site in sites}
-        step, loss = self.programs(self.blocks.kind(layer), tuple(kernels))
-        values = self.blocks.values(layer)
-        unclipped = {name: self._logits(kernel, np.inf) for name, kernel in kernels.items()}
-        learned = {name: self._logits(kernel, START) for name, kernel in kernels.items()}
-        state = self.optimizer.init(learned)
-        for _ in range(self.options.epochs):
-            for i in range(len(entering)):
-                learned, state = step(learned, state, values, kernels, entering[i : i + 1], target[i : i + 1])
+        spec = FormatSpec.parse(self.format)
+        kernels = {site.split(".", 2)[2]: float_kernel(model, site) for site in sites}
+        unclipped = {name: _logits(kernel, spec, np.inf) for name, kernel in kernels.items()}
+        start = {name: _logits(kernel, spec, START) for name, kernel in kernels.items()}
+        learned = learning.learn(layer, kernels, start, entering, (target,))
+        nearest, after = (learning.mean_loss(layer, kernels, one, entering, (target,)) for one in (unclipped, learned))
+        best, kept = (learned, after) if after < nearest else (unclipped, nearest)  # also where it is no number
+        tensors = {site: _stored(kernels[name], best[name], spec) for site, name in zip(sites, kernels, strict=True)}
+        return {**tensors, f"nearest:{layer}": np.float64(nearest), f"learned:{layer}": np.float64(kept)}
 
-        def mean_loss(logits: dict[str, Logits]) -> float:
-            found = [loss(logits, values, kernels, entering[i : i + 1], target[i : i + 1]) for i in range(len(entering))]
-            return float(np.mean(jax.device_get(found)))
 
-        nearest, after = mean_loss(unclipped), mean_loss(learned)
-        best = learned if after < nearest else unclipped
-        tensors = {site: _stored(kernels[name], best[name], self.spec) for site, name in zip(sites, kernels, strict=True)}
-        return {**tensors, f"nearest:{layer}": np.float64(nearest), f"learned:{layer}": np.float64(min(after, nearest))}
-
-    def _logits(self, kernel: Array, value: float) -> Logits:
-        whole = jax.eval_shape(functools.partial(extent, spec=self.spec), kernel)
-        names = ("high",) if whole.low is None else ("high", "low")
-        return {name: jnp.full(whole.high.shape, value, jnp.float32) for name in names}
-
-    def _compile(self, kind: tuple[str, str], names: tuple[str, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """(step, loss) for blocks of a kind whose maps of these names are rounded."""
-        layer = next(layer for layer in range(len(self.blocks)) if self.blocks.kind(layer) == kind)
-
-        def loss(logits: Any, values: Any, kernels: Any, h: Array, target: Array) -> Array:
-            rounded = {f"blocks.{layer}.{name}": learnable(kernels[name], self.spec, logits[name]) for name in names}
-            given, _ = self.blocks.trace(layer, with_kernels(values, rounded), h)
-            return jnp.mean(jnp.square((given - target)[:, self.skip :].astype(jnp.float32)))
-
-        def step(logits: Any, state: Any, values: Any, kernels: Any, h: Array, target: Array) -> tuple[Any, Any]:
-            change, state = self.optimizer.update(jax.grad(loss)(logits, values, kernels, h, target), state)
-            return optax.apply_updates(logits, change), state
-
-        return jax.jit(step), jax.jit(loss)
+def _logits(kernel: Array, spec: FormatSpec, value: float) -> Logits:
+    whole = jax.eval_shape(functools.partial(extent, spec=spec), kernel)
+    names = ("high",) if whole.low is None else ("high", "low")
+    return {name: jnp.full(whole.high.shape, value, jnp.float32) for name in names}

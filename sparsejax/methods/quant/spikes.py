@@ -35,19 +35,16 @@ from sparsejax.plugs import check, check_choice
 from sparsejax.quantized_arrays import qtensor
 
 SPIKING = ("float", "fp8_e4m3")
+LEAST = 1e-30
 
 
 def over_median(peaks: Mapping[str, float]) -> dict[str, float]:
-    """By site, its peak over the median of the maps of its kind; 1 where that is 0, as the peak is, else infinity."""
+    """By site, its peak over the median of the maps of its kind; finite, also where that is 0."""
     by_kind: dict[str, list[float]] = {}
     for site, peak in peaks.items():
         by_kind.setdefault(site.split(".", 2)[2], []).append(peak)
     median = {kind: sorted(found)[(len(found) - 1) // 2] for kind, found in by_kind.items()}
-    ratios = {}
-    for site, peak in peaks.items():
-        usual = median[site.split(".", 2)[2]]
-        ratios[site] = peak / usual if usual else np.inf if peak else 1.0
-    return ratios
+    return {site: peak / max(median[site.split(".", 2)[2]], LEAST) for site, peak in peaks.items()}
 
 
 @dataclass

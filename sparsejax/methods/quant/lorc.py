@@ -15,6 +15,7 @@ notes). Published: m = 8. It helps as far as the error is structured: little wit
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -185,8 +186,9 @@ class _Fit:
         return values
 
     def _stored(self, a: np.ndarray, b: np.ndarray) -> dict[str, QTensor]:
-        dtype = self.model.config.dtype
-        return {"a": qtensor(jnp.asarray(a, dtype), OF_A), "b": qtensor(jnp.asarray(b, dtype), OF_B)}
+        factors = {"a": qtensor(jnp.asarray(a, jnp.float32), OF_A), "b": qtensor(jnp.asarray(b, jnp.float32), OF_B)}
+        dtype = jnp.dtype(self.model.config.dtype)  # of what is multiplied: rounded once, from float32
+        return {name: dataclasses.replace(factor, dtype=dtype) for name, factor in factors.items()}
 
     def _none(self, inputs: int, outputs: int) -> dict[str, QTensor]:
         rank = self.options.rank

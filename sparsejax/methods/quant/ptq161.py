@@ -208,9 +208,8 @@ class Ptq161(Pass):
         weights = sum(int(np.prod(shapes[site])) for site in sites)
         losses = {name: [float(found[f"{name}:{layer}"]) for layer in range(layers) if f"{name}:{layer}" in found]
                   for name in ("start", "learned")}  # fmt: skip
-        width = np.dtype(model.config.dtype).itemsize
-        work.note(self.name, bytes=stored, bytes_before=width * weights, bits_per_weight=8 * stored / weights,
-                  block_losses=losses)  # fmt: skip
+        before = sum(float_kernel(model, site).nbytes for site in sites)
+        work.note(self.name, bytes=stored, bytes_before=before, bits_per_weight=8 * stored / weights, block_losses=losses)
 
 
 def _arrays(found: Mapping[str, Any], site: str) -> dict[str, Any]:

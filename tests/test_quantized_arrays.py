@@ -1,6 +1,7 @@
 """QTensor: what a weight in a number format takes, and where it goes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from sparsejax.parallel.mesh import make_mesh
 from sparsejax.plugs import ConfigError
 from sparsejax.quantized_arrays import QTensor, fit_side_by_side, packed, qtensor, side_by_side
 from sparsejax.train.checkpoint import Checkpoints, Record, restore
+from tests.compiled import dequantized
 from tests.ops.formats.samples import SHAPE
 
 SOME = ("int4", "int3:asym,group=16", "fp8_e4m3", "mxfp6_e3m2", "nf4:group=8,double", "nvfp4", "ternary:group=8")
@@ -27,8 +29,9 @@ def weight(lead=(), shape=SHAPE, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(*lead, *shape)), jnp.float32)
 
 
-def stored(text, lead=(), shape=SHAPE):
-    return jax.jit(lambda w: qtensor(w, FormatSpec.parse(text)))(weight(lead, shape))
+@functools.cache
+def stored(text, lead=()):
+    return jax.jit(lambda w: qtensor(w, FormatSpec.parse(text)))(weight(lead))
 
 
 @pytest.mark.parametrize("text", ["int3:asym,group=16", "ternary:block=8x16", "nvfp4"])
@@ -58,11 +61,12 @@ def test_a_surrogate_is_not_stored():
 def test_stacked_layers_are_scanned_as_each_alone(text):
     tensor, x = stored(text, (3,)), weight((), (5, SHAPE[0]), 1)
     _, found = jax.jit(lambda x, w: jax.lax.scan(lambda x, layer: (x, matmul(x, layer)), x, w))(x, tensor)
-    for index in range(3):
-        layer = jax.tree.map(lambda a, i=index: a[i], tensor)
-        np.testing.assert_allclose(found[index], x @ layer.dequantize(), rtol=1e-4, atol=1e-4)
-    alone = jax.jit(lambda w: qtensor(w, FormatSpec.parse(text)))(weight((3,))[1])
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda a: a[1], tensor), alone)
+    layers = [jax.tree.map(lambda a, i=index: np.asarray(a)[i], tensor) for index in range(3)]
+    for index, layer in enumerate(layers):
+        expected = np.asarray(x, np.float64) @ np.asarray(dequantized(layer))
+        np.testing.assert_allclose(found[index], expected, rtol=1e-4, atol=1e-4)
+    alone = jax.jit(lambda w: qtensor(w, FormatSpec.parse(text)))(np.asarray(weight((3,)))[1])
+    jax.tree.map(np.testing.assert_array_equal, layers[1], alone)
 
 
 def test_sharded_arrays_give_the_same_product():
@@ -79,15 +83,15 @@ def test_sharded_arrays_give_the_same_product():
     np.testing.assert_allclose(product(put(x), sharded), product(x, tensor), rtol=1e-5, atol=1e-5)
     again = jax.jit(lambda w: qtensor(w, FormatSpec.parse(text)))(put(weight()))
     np.testing.assert_array_equal(again.codes, tensor.codes)  # the mean that `double` takes off is a sum, and may differ
-    np.testing.assert_allclose(dense(again), dense(tensor), rtol=1e-6)
+    np.testing.assert_allclose(dequantized(again), dequantized(tensor), rtol=1e-6)
 
 
 def test_a_donated_weight_is_used_up():
-    tensor = stored("int4:group=16")
-    numbers = np.asarray(tensor.dequantize())
+    tensor = stored.__wrapped__("int4:group=16")
+    numbers = np.asarray(dequantized(tensor))
     negated = jax.jit(lambda w: dataclasses.replace(w, codes=w.codes ^ 0, scale=-w.scale), donate_argnums=0)(tensor)
     assert tensor.scale.is_deleted() and tensor.codes.is_deleted()
-    np.testing.assert_array_equal(negated.dequantize(), -numbers)
+    np.testing.assert_array_equal(dequantized(negated), -numbers)
 
 
 def test_every_format_is_restored_from_a_checkpoint(tmp_path):
@@ -106,7 +110,7 @@ def test_every_format_is_restored_from_a_checkpoint(tmp_path):
 
 
 def test_every_format_is_written_to_safetensors(tmp_path):
-    tensors = {text: stored(text) for text in SOME}
+    tensors = {text: stored(text, (2,)) for text in SOME}
     leaves = {
         f"{text}.{part}": np.asarray(leaf)
         for text, tensor in tensors.items() for part, leaf in vars(tensor).items() if isinstance(leaf, jax.Array)
@@ -127,24 +131,25 @@ def test_products_are_those_of_the_dequantized_weight(text):
     integers = text in ("ternary", "int5:tensor")
     assert kind(w) == ("QTensor" if integers else f"QTensor[{text}]")
     for operand in (x, tokens, SparseActivation(x, codes > 0), SparseActivation(tokens, codes > 0)):
-        exact = np.asarray(dense(operand), np.float64) @ np.asarray(w.dequantize(), np.float64)
+        exact = np.asarray(dense(operand), np.float64) @ np.asarray(dequantized(w), np.float64)
         np.testing.assert_allclose(matmul(operand, w), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_go_through_the_surrogate_of_any_format():
     w, x = weight(), weight((), (3, SHAPE[0]), 1)
     tensor = stored("mxfp4")
-    gradient = jax.grad(lambda w: jnp.sum(matmul(x, dataclasses.replace(tensor, surrogate=w)) ** 2))(w)
-    np.testing.assert_allclose(gradient, 2 * x.T @ (x @ tensor.dequantize()), rtol=1e-3, atol=1e-3)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(matmul(x, dataclasses.replace(tensor, surrogate=w)) ** 2)))(w)
+    x = np.asarray(x, np.float64)
+    np.testing.assert_allclose(gradient, 2 * x.T @ (x @ np.asarray(dequantized(tensor))), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     "text", ["int4", "int4:asym,group=8,zero=min", "int4:asym,group=8,zero=float", "mxfp4", "int8:tensor", "int8:token"]
 )
 def test_outputs_are_scaled_without_touching_the_codes_where_that_can_be(text):
-    tensor, factor = stored(text), jnp.linspace(0.5, 2, SHAPE[1])[None]
+    tensor, factor = stored(text), jnp.asarray(np.linspace(0.5, 2, SHAPE[1], dtype=np.float32)[None])
     scaled = tensor.scaled(factor)
-    np.testing.assert_allclose(dense(scaled), tensor.dequantize() * factor, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(dense)(scaled), dequantized(tensor) * np.asarray(factor), rtol=1e-5, atol=1e-6)
     assert isinstance(scaled, QTensor) == text.startswith("int4")
     if isinstance(scaled, QTensor):
         assert scaled.codes is tensor.codes

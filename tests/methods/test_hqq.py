@@ -1,5 +1,6 @@
 """HQQ: the error of the card, float zeros, and what is refused."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,7 +10,10 @@ from sparsejax.methods.quant.hqq import Hqq, hqq
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import ConfigError
 from sparsejax.quantized_arrays import QTensor, qtensor
+from tests.compiled import dequantized
 from tests.compress.tiny import tiny_model
+
+nearest_of = jax.jit(qtensor, static_argnums=1)
 
 
 def weights(inputs=256, outputs=64):
@@ -21,14 +25,14 @@ def weights(inputs=256, outputs=64):
 @pytest.mark.parametrize(("bits", "gain"), [(4, 0.99), (3, 0.98), (2, 0.93)])
 def test_the_mean_error_falls_the_more_the_fewer_the_bits(bits, gain):
     w, spec = weights(), FormatSpec.parse(f"int{bits}:asym,group=64,zero=float")
-    fitted, nearest = (np.abs(w - np.asarray(tensor.dequantize())).mean() for tensor in (hqq(w, spec), qtensor(w, spec)))
+    fitted, nearest = (np.abs(w - np.asarray(dequantized(tensor))).mean() for tensor in (hqq(w, spec), nearest_of(w, spec)))
     assert fitted < gain * nearest
 
 
 def test_no_group_is_worse_than_rounded_to_nearest_and_scales_stay():
     w, spec = weights(), FormatSpec.parse("int3:asym,group=96,zero=float,ragged=tail")
-    fitted, nearest = hqq(w, spec), qtensor(w, spec)
-    errors = [np.abs(w - np.asarray(tensor.dequantize())) for tensor in (fitted, nearest)]
+    fitted, nearest = hqq(w, spec), nearest_of(w, spec)
+    errors = [np.abs(w - np.asarray(dequantized(tensor))) for tensor in (fitted, nearest)]
     for start in (0, 96, 192):
         ours, theirs = (error[start : start + 96].mean(0) for error in errors)
         assert (ours <= theirs * (1 + 1e-5)).all()

@@ -23,10 +23,10 @@ from sparsejax.methods.sparsity.refit import Refit
 from sparsejax.methods.sparsity.teal import Teal
 from sparsejax.models.serving import serving_form
 from sparsejax.nnx_compat import merge
-from sparsejax.ops.formats.quantize import fake
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import ConfigError
 from sparsejax.quantized_arrays import QTensor, qtensor
+from tests.compiled import dequantized, fake
 from tests.compress import tiny
 
 tiny_model = functools.cache(functools.partial(tiny.tiny_model, layers=2))
@@ -49,7 +49,7 @@ def test_every_kernel_becomes_its_rounding_and_the_notes_tell_the_true_bytes(tex
     quantized = run_recipe([Rtn(text, sites="blocks.*.mlp.down")], model, using)
     kernel = quantized.parameter(f"{DOWN}.kernel")
     assert isinstance(kernel, QTensor) and kernel.spec == spec and quantized.config == model.config
-    np.testing.assert_array_equal(kernel.dequantize(), fake(model.parameter(f"{DOWN}.kernel"), spec))
+    np.testing.assert_array_equal(dequantized(kernel), fake(model.parameter(f"{DOWN}.kernel"), spec))
     (note,) = using.notes.values()
     kernels = [leaf for leaf in jax.tree.leaves(quantized.values, is_leaf=lambda v: isinstance(v, QTensor))
                if isinstance(leaf, QTensor)]  # fmt: skip
@@ -129,12 +129,13 @@ def test_channels_without_weights_are_told_by_site_before_the_work_and_decode_to
     pruned = model.rebuilt(model.config, {f"{DOWN}.kernel": kernel})
     quantized = run_recipe([Rtn("int4:asym,group=16", sites=DOWN)], pruned, work())
     assert "blocks.1.mlp.down: 2 of 64 input channels have no weight but 0" in caplog.text
-    assert not np.asarray(quantized.parameter(f"{DOWN}.kernel").dequantize())[[1, 7]].any()
+    assert not np.asarray(dequantized(quantized.parameter(f"{DOWN}.kernel")))[[1, 7]].any()
 
 
 @pytest.mark.parametrize("text", ["nvfp4", "int4:asym,group=16,scale=bf16", "fp8_e4m3", "nf4:group=16,double"])
 def test_a_piece_of_work_holds_quantized_tensors_and_small_floats_bit_for_bit(text, tmp_path):
-    tensor = qtensor(jax.random.normal(jax.random.key(0), (32, 6)), FormatSpec.parse(text))
+    numbers = np.random.default_rng(0).normal(size=(32, 6)).astype(np.float32)
+    tensor = jax.jit(qtensor, static_argnums=1)(numbers, FormatSpec.parse(text))
     found = {"a": tensor, "b": np.arange(3), "c": jnp.ones(2, jnp.bfloat16)}
     np.savez(tmp_path / "piece.npz", **flattened(found))
     with np.load(tmp_path / "piece.npz") as kept:

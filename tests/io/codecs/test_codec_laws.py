@@ -18,6 +18,7 @@ from sparsejax.io.codecs.stores import EXPORTS, READERS
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import ConfigError
 from sparsejax.quantized_arrays import qtensor
+from tests.compiled import dequantized
 
 SHAPE = (64, 32)
 GPTQ = ("int4:full15,group=32", "int4:asym,group=48,ragged=tail", "int3:narrow,scale=f16", "int2:asym,group=16,scale=bf16",
@@ -67,7 +68,7 @@ def test_a_kernel_comes_back_bit_for_bit(kind, text, seed):
     assert reader.shape("x", parts) == SHAPE[::-1]
     again = reader.decode("x", parts, jnp.float32)
     again.check("x")
-    np.testing.assert_array_equal(again.dequantize(), tensor.dequantize())
+    np.testing.assert_array_equal(dequantized(again), dequantized(tensor))
     if kind != "awq" or tensor.spec.symmetric == "asym":
         np.testing.assert_array_equal(again.codes, tensor.codes)
         assert again.nbytes == tensor.nbytes
@@ -82,13 +83,16 @@ def test_blocks_hold_a_kernel_bit_for_bit(name, seed):
     tensor = quantizer(ggml.NAMES[name])(weight(seed))
     kind, data = ggml.encode("x", tensor)
     assert kind == name
-    np.testing.assert_array_equal(ggml_blocks.decode(name, data.ravel()).reshape(SHAPE[::-1]).T, tensor.dequantize())
+    np.testing.assert_array_equal(ggml_blocks.decode(name, data.ravel()).reshape(SHAPE[::-1]).T, dequantized(tensor))
     again = ggml.decode("x", name, data, SHAPE[0], jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(tensor))
 
 
-@settings(max_examples=30, deadline=None)
-@given(bits=st.integers(2, 8), count=st.sampled_from([1, 10, 32, 33]), seed=st.integers(0, 99))
+@pytest.mark.parametrize(
+    ("bits", "count"), [(2, 1), (2, 32), (3, 10), (3, 33), (4, 1), (4, 33), (5, 10), (5, 32), (6, 33), (7, 32), (8, 10)]
+)
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 99))
 def test_words_unpack_to_their_codes(bits, count, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (2, count)).astype(np.uint8)
     stored = words(codes, bits)
@@ -142,7 +146,7 @@ def test_a_zero_of_zero_is_for_version_2_alone():
         store_for("gptq", tensor.spec).encode("x", tensor)
     store = store_for("gptq_v2", tensor.spec)
     parts = store.encode("x", tensor)
-    np.testing.assert_array_equal(store.decode("x", parts, jnp.float32).dequantize(), tensor.dequantize())
+    np.testing.assert_array_equal(dequantized(store.decode("x", parts, jnp.float32)), dequantized(tensor))
     with pytest.raises(ConfigError, match="a stored zero = 15: .*allowed are 0 to 14"):
         dataclasses.replace(store, version=1).decode("x", {**parts, "qzeros": np.full_like(parts["qzeros"], -1)}, jnp.float32)
 

@@ -91,13 +91,17 @@ def distance(a, b) -> float:
     )
 
 
+PLAIN = OptimizerConfig("sgd", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip_norm=0.0)
+
+
 def gradients(config):
     """Gradients of one step, read off a plain SGD step of learning rate 1 without clipping."""
-    optimizer = OptimizerConfig("sgd", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip_norm=0.0)
-    config = dataclasses.replace(config, optimizer=optimizer)
-    setup = prepared(config)
-    before = jax.device_get(setup.init().trainable)
-    state, metrics = setup.train(0, False)(setup.init(), launch.global_batch(batch(), setup.mesh, BATCH))
+    setup = prepared(dataclasses.replace(config, optimizer=PLAIN))
+    # Drawn on one device and laid out over the mesh: to draw it there compiles as long as the step does.
+    drawn = prepared(experiment(optimizer=PLAIN)).init()
+    before = jax.device_get(drawn.trainable)
+    placed = jax.device_put(drawn, jax.tree.map(lambda leaf: leaf.sharding, setup.abstract_state))
+    state, metrics = setup.train(0, False)(placed, launch.global_batch(batch(), setup.mesh, BATCH))
     after = jax.device_get(state.trainable)
     return jax.tree.map(np.subtract, before, after), float(metrics["loss"])
 
@@ -126,6 +130,13 @@ def test_a_sharded_step_equals_one_device(mesh):
     sharded, sharded_loss = gradients(experiment(mesh=mesh))
     assert abs(loss - sharded_loss) < 1e-6
     assert distance(sharded, whole) < 1e-5
+
+
+def test_a_sharded_state_is_drawn_as_on_one_device():
+    sharded = prepared(experiment(mesh=MeshConfig(data=2, tensor=2, fsdp=2), optimizer=PLAIN)).init()
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded.trainable))
+    alone = prepared(experiment(optimizer=PLAIN)).init()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded), jax.device_get(alone))
 
 
 def test_large_parameters_are_sharded_and_silent_replication_is_an_error():

@@ -54,7 +54,8 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_
 hypothesis.settings.load_profile("ci")
 
 LONGEST_FIRST = ("test_run.py", "test_finetune.py", "test_moe.py", "test_everything.py", "test_cache.py", "test_step.py",
-                 "test_transformer.py", "test_sequence_sets.py", "test_multi_process.py", "test_session.py")  # fmt: skip
+                 "test_attend.py", "test_transformer.py", "test_shipped_configs.py", "test_sequence_sets.py",
+                 "test_multi_process.py", "test_session.py", "test_gptq.py")  # fmt: skip
 
 
 def pytest_collection_finish(session):

@@ -126,8 +126,7 @@ for argv in json.loads(sys.argv[1]):
 def processes(tmp_path_factory):
     """Runs that were killed, as they were left (NAME_as_left) and resumed; one that was terminated; and straight runs."""
     folder = tmp_path_factory.mktemp("processes")
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    options = {"cwd": ROOT, "env": {**os.environ, "XLA_FLAGS": "", **cache}, "text": True}
+    options = {"cwd": ROOT, "env": {**os.environ, "XLA_FLAGS": ""}, "text": True}
 
     def arguments(fault: str, flags: list[str], out: str) -> list[str]:
         return [f"--config={CONFIG}:{fault}", f"--out={folder / out}", f"--json={folder / out}.json", *flags]

@@ -1,7 +1,7 @@
 """One format for each map, so that what quantizing costs the loss is least under budgets: plain functions of tables.
 
-Of N maps and K formats, losses[i, k] is what map i in format k adds to the loss, and a budget has costs[i, k] of its own (bytes,
-bits, seconds) whose sum over the maps is limited. Losses of different maps are taken to add up:
+Of N maps and K formats, losses[i, k] is what map i in format k adds to the loss, and a budget has costs[i, k] of its own
+(bytes, seconds) whose sum over the maps is limited. Losses of different maps are taken to add up:
 
     minimise  sum_i losses[i, k_i]    subject to  sum_i costs_r[i, k_i] <= limit_r  for each budget r
 
@@ -27,11 +27,15 @@ SCALED_LOSS = 1e5
 
 
 class Budget(NamedTuple):
-    """What the sum over the maps of costs [N, K] may be at most; `name` is for messages, in the limit's unit."""
+    """What the sum over the maps of costs [N, K] may be at most; messages call it `name` and divide its numbers by `unit`.
+
+    Whole costs (bytes, bits) keep the frontier short: sums that are equal are equal to the bit.
+    """
 
     name: str
     costs: Float[np.ndarray, "N K"]
     limit: float
+    unit: float = 1.0
 
     @property
     def most(self) -> float:
@@ -75,9 +79,9 @@ def allocate(
     table = _checked(losses, "losses", groups)
     costs = [_checked(budget.costs, budget.name, groups) for budget in budgets]
     for budget, cost in zip(budgets, costs, strict=True):
-        least = float(cost.min(1).sum())
-        check(least <= budget.most, budget.name, budget.limit,
-              f"is out of reach; the formats given reach {least:.6g} to {float(cost.max(1).sum()):.6g}")  # fmt: skip
+        least, greatest = (float(ends.sum()) for ends in (cost.min(1), cost.max(1)))
+        check(least <= budget.most, budget.name, budget.limit / budget.unit,
+              f"is out of reach; the formats given reach {least / budget.unit:.6g} to {greatest / budget.unit:.6g}")  # fmt: skip
     if len(budgets) == 1:
         found = _frontier(table, costs[0], budgets[0].most)
         chosen = found.choices[-1]
@@ -190,7 +194,7 @@ def _programmed(losses: np.ndarray, costs: Sequence[np.ndarray], budgets: Sequen
 
 def _out_of_reach(costs: Sequence[np.ndarray], budgets: Sequence[Budget]) -> str:
     """What a message says where each budget can be met but not all of them."""
-    text = " and ".join(f"{budget.name} = {budget.limit:g}" for budget in budgets)
+    text = " and ".join(f"{budget.name} = {budget.limit / budget.unit:g}" for budget in budgets)
     reached = []
     for number, budget in enumerate(budgets):
         others = [other for other in range(len(budgets)) if other != number]
@@ -198,5 +202,5 @@ def _out_of_reach(costs: Sequence[np.ndarray], budgets: Sequence[Budget]) -> str
             found = allocate(costs[number], [Budget(budgets[r].name, costs[r], budgets[r].limit) for r in others])
         except ConfigError:  # the others alone contradict each other
             continue
-        reached.append(f"{budget.name} needs at least {found.loss:.6g} where the others are met")
+        reached.append(f"{budget.name} needs at least {found.loss / budget.unit:.6g} where the others are met")
     return f"budgets {text}: no choice of formats meets all of them; {'; '.join(reached)}"

@@ -11,10 +11,10 @@ from sparsejax.compress.bits import Budget, allocate, frontier, groups_of
 from sparsejax.plugs import ConfigError
 
 # ResNet18 of HAWQ-V3 (arXiv 2011.10680), 19 layers; the three pairs share an input by a shortcut.
-TRACE = [.06857826, .03162379, .03298575, .01205663, .02222431, .00596336, .06931772, .00807129, .00372905, .00530698, .00209011,
-         .00737569, .00210454, .00151197, .00158041, .00078146, .00451841, .00098745, .00072944]  # fmt: skip
-ERROR_8 = [.0235, .0125, .0102, .0082, .0145, .0344, .0023, .0287, .0148, .0333, .0682, .0027, .0448, .0336, .0576, .1130, .0102,
-           .0947, .0532]  # fmt: skip
+TRACE = [.06857826, .03162379, .03298575, .01205663, .02222431, .00596336, .06931772, .00807129, .00372905, .00530698,
+         .00209011, .00737569, .00210454, .00151197, .00158041, .00078146, .00451841, .00098745, .00072944]  # fmt: skip
+ERROR_8 = [.0235, .0125, .0102, .0082, .0145, .0344, .0023, .0287, .0148, .0333, .0682, .0027, .0448, .0336, .0576, .1130,
+           .0102, .0947, .0532]  # fmt: skip
 ERROR_4 = [6.7430, 3.9691, 3.3281, 2.6796, 4.7277, 10.5966, .6827, 9.0942, 4.8857, 10.7599, 21.7546, .8603, 14.5324, 10.9651,
            18.7706, 36.4044, 3.1572, 29.6994, 17.4016]  # fmt: skip
 PARAMETERS = [36864, 36864, 36864, 36864, 73728, 147456, 8192, 147456, 147456, 294912, 589824, 32768, 589824, 589824, 1179648,
@@ -150,7 +150,7 @@ def test_what_cannot_be_met_is_refused_with_what_can():
     losses, costs = np.ones((2, 2)), np.array([[1.0, 2], [3, 5]])
     with pytest.raises(ConfigError, match=r"megabytes = 3: is out of reach; the formats given reach 4 to 7"):
         allocate(losses, [Budget("megabytes", costs, 3)])
-    with pytest.raises(ConfigError, match="no choice of formats meets all of them; a needs at least 7 where the others are met"):
+    with pytest.raises(ConfigError, match="no choice of formats meets all of them; a needs at least 7 where"):
         allocate(losses, [Budget("a", costs, 4), Budget("b", -costs, -7)])
     with pytest.raises(ConfigError, match=r"losses of \(map, format\) = \[\[1, 0\]\]: are no finite numbers"):
         allocate(np.array([[1, 2], [np.nan, 1]]), [Budget("a", costs, 9)])

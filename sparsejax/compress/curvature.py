@@ -77,10 +77,8 @@ class Curvature:
             packed = not isinstance(self.kernels[".".join(slot.path)], jax.Array)
             check(not packed, site, "packed", "has no derivatives; start from the float model, or leave the site out by `sites`")
         self._loss_of = jax.jit(self._loss)
-        self._trace_of = jax.jit(self._trace)
+        self._product_of = jax.jit(self._product)
         self._fisher_of = jax.jit(self._fisher)
-        self._pairs_of = jax.jit(self._pairs)
-        self._top_of = jax.jit(self._top)
 
     def loss(self, tokens: Int[np.ndarray, "B T"], kernels: Mapping[str, Any] | None = None) -> float:
         """L, with other kernels at some sites."""
@@ -88,8 +86,10 @@ class Curvature:
 
     def traces(self, tokens: Int[np.ndarray, "B T"], seed: int) -> Float[np.ndarray, " N"]:
         """One draw of tr H of every map."""
-        found = self._trace_of(self.kernels, self.chosen(), self.model.values, jnp.asarray(tokens), jax.random.key(seed))
-        return self._by_site(found)
+        rng = np.random.default_rng(seed)
+        drawn = {path: 2 * rng.integers(0, 2, k.shape, np.int8) - 1 for path, k in self.kernels.items()}
+        signs = _masked(self.chosen(), {path: jnp.asarray(part, jnp.float32) for path, part in drawn.items()})
+        return self._by_site(_dots(signs, self._times(signs, tokens)))
 
     def fisher(self, tokens: Int[np.ndarray, "1 T"], seed: int) -> Float[np.ndarray, " N"]:
         """One draw of the Gauss-Newton trace of every map."""
@@ -105,9 +105,16 @@ class Curvature:
           tolerance: relative change of the eigenvalue at which the iteration ends.
           most: iterations.
         """
-        keys, chosen = jax.random.key(seed), self.chosen(group)
-        value, count = self._top_of(self.kernels, chosen, self.model.values, jnp.asarray(tokens), keys, tolerance, most)
-        return Eigenvalue(float(value), int(count))
+        rng, chosen = np.random.default_rng(seed), self.chosen(group)
+        drawn = {path: jnp.asarray(rng.standard_normal(k.shape, np.float32)) for path, k in self.kernels.items()}
+        vector, last = _unit(_masked(chosen, drawn)), np.inf
+        for count in range(1, most + 1):
+            product = _masked(chosen, self._times(vector, tokens))
+            value = float(_whole(vector, product))
+            if abs(value - last) <= tolerance * abs(value):
+                break
+            vector, last = _unit(product), value
+        return Eigenvalue(value, count)
 
     def pairs(self, tokens: Int[np.ndarray, "B T"], moves: Stacks, group: Sequence[int]) -> Float[np.ndarray, " N"]:
         """d_i^T H d_g of every map i: the moves of all maps against those of the maps of a group together.
@@ -115,7 +122,7 @@ class Curvature:
         Args:
           moves: of `stacked`.
         """
-        return self._by_site(self._pairs_of(self.kernels, self.chosen(group), moves, self.model.values, jnp.asarray(tokens)))
+        return self._by_site(_dots(moves, self._times(_masked(self.chosen(group), moves), tokens)))
 
     def chosen(self, group: Sequence[int] | None = None) -> Stacks:
         """1 at the rows of some maps (default all), 0 elsewhere; broadcasts against the stacks."""
@@ -147,6 +154,9 @@ class Curvature:
             stacks[".".join(slot.path)][slot.row] = np.asarray(array)
         return {path: jnp.asarray(stack) for path, stack in stacks.items()}
 
+    def _times(self, vector: Stacks, tokens: Int[np.ndarray, "B T"]) -> Stacks:
+        return self._product_of(self.kernels, vector, self.model.values, jnp.asarray(tokens))
+
     def _by_site(self, sums: Mapping[str, Array]) -> np.ndarray:
         """Sums [rows] by stack as float64[N]."""
         found = jax.device_get(sums)
@@ -168,11 +178,6 @@ class Curvature:
         cast = {path: part.astype(kernels[path].dtype) for path, part in vector.items()}
         return jax.jvp(gradient, (kernels,), (cast,))[1]
 
-    def _trace(self, kernels: Stacks, chosen: Stacks, values: dict[str, Any], tokens: Array, key: Array) -> Stacks:
-        keys = dict(zip(kernels, jax.random.split(key, len(kernels)), strict=True))
-        signs = {path: chosen[path] * jax.random.rademacher(keys[path], k.shape, jnp.float32) for path, k in kernels.items()}
-        return _dots(signs, self._product(kernels, signs, values, tokens))
-
     def _fisher(self, kernels: Stacks, values: dict[str, Any], tokens: Array, key: Array) -> Stacks:
         """The gradient of one row is that of the sum of its tokens' losses: their products have the mean zero."""
         module, h = self._features(kernels, values, tokens)
@@ -180,40 +185,25 @@ class Curvature:
         gradient = jax.grad(self._loss)(kernels, values, tokens, labels)
         return {path: len(labels) * total for path, total in _dots(gradient, gradient).items()}
 
-    def _pairs(self, kernels: Stacks, chosen: Stacks, moves: Stacks, values: dict[str, Any], tokens: Array) -> Stacks:
-        mine = {path: chosen[path] * move for path, move in moves.items()}
-        return _dots(moves, self._product(kernels, mine, values, tokens))
 
-    def _top(
-        self, kernels: Stacks, chosen: Stacks, values: dict[str, Any], tokens: Array, key: Array, tolerance: Array, most: Array
-    ) -> tuple[Array, Array]:
-        keys = dict(zip(kernels, jax.random.split(key, len(kernels)), strict=True))
-        start = {path: chosen[path] * jax.random.normal(keys[path], k.shape, jnp.float32) for path, k in kernels.items()}
-
-        def step(state: tuple[Stacks, Array, Array, Array]) -> tuple[Stacks, Array, Array, Array]:
-            vector, last, _, count = state
-            product = {path: chosen[path] * part for path, part in self._product(kernels, vector, values, tokens).items()}
-            value = _whole(vector, product)
-            return _unit(product), value, jnp.abs(value - last) <= tolerance * jnp.abs(value), count + 1
-
-        def goes_on(state: tuple[Stacks, Array, Array, Array]) -> Array:
-            return ~state[2] & (state[3] < most)
-
-        began = (_unit(start), jnp.asarray(jnp.inf), jnp.asarray(False), jnp.asarray(0))
-        _, value, _, count = jax.lax.while_loop(goes_on, step, began)
-        return value, count
+@jax.jit
+def _masked(chosen: Stacks, stacks: Stacks) -> Stacks:
+    return {path: chosen[path] * stack for path, stack in stacks.items()}
 
 
+@jax.jit
 def _dots(a: Stacks, b: Stacks) -> Stacks:
     """float32 [rows] by stack: sums of products over all axes but that of the rows."""
     products = {path: a[path].astype(jnp.float32) * b[path].astype(jnp.float32) for path in a}
     return {path: jnp.sum(product, axis=tuple(range(1, product.ndim))) for path, product in products.items()}
 
 
+@jax.jit
 def _whole(a: Stacks, b: Stacks) -> Array:
     return jnp.sum(jnp.stack([jnp.sum(part) for part in _dots(a, b).values()]))
 
 
+@jax.jit
 def _unit(vector: Stacks) -> Stacks:
     norm = jnp.sqrt(_whole(vector, vector))
     return {path: part / jnp.where(norm == 0, 1, norm) for path, part in vector.items()}

@@ -4,6 +4,7 @@
     python -m experiments.bench train --config configs/lm_350m.py --steps 50 --json results/bench_train_h100.json
     python -m experiments.bench evaluate
     python -m experiments.bench decode --model smollm2-135m --tokens 64
+    python -m experiments.bench formats --model smollm2-135m --json results/bench_formats.json
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from sparsejax.plugs import ConfigError, check, check_choice
 @dataclass
 class Flags:
     steps: int = entry.flag(20, "train: steps timed, in each of the variants compared")
-    model: str = entry.flag("", "decode: name or path of the model")
+    model: str = entry.flag("", "decode, formats: name or path of the model")
     tokens: int = entry.flag(64, "decode: new tokens timed, in each turn")
     prompt_length: int = entry.flag(32, "decode: tokens of the prompt")
+    formats: str = entry.flag("", "formats: number formats of weights, joined by +; default 2, 3, 4 and 8 bits in groups of 64")
+    rows: int = entry.flag(1, "formats: rows of x; 1 is decoding")
     rounds: int = entry.flag(5, "how often the variants take turns; the spread is over them")
 
 
@@ -57,9 +60,20 @@ def _decode(call: entry.Call[Flags]) -> dict[str, Any]:
     return bench_decode(flags.model, prompt_length=flags.prompt_length, tokens=flags.tokens, rounds=flags.rounds)
 
 
+def _formats(call: entry.Call[Flags]) -> dict[str, Any]:
+    flags = call.flags
+    check(flags.model, "--model", "", "give the name or path of a model")
+    check(flags.rows >= 1, "--rows", flags.rows, "must be at least 1")
+    from experiments.bench_formats import bench_formats
+    from sparsejax.compress.bit_allocation import parse_menu
+
+    return bench_formats(flags.model, parse_menu(flags.formats), rows=flags.rows, rounds=flags.rounds)
+
+
 _BENCHMARKS: dict[str, Callable[[entry.Call[Flags]], dict[str, Any]]] = {
     "decode": _decode,
     "evaluate": _evaluate,
+    "formats": _formats,
     "train": _train,
 }
 

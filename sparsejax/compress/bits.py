@@ -80,8 +80,8 @@ def allocate(
     costs = [_checked(budget.costs, budget.name, groups) for budget in budgets]
     for budget, cost in zip(budgets, costs, strict=True):
         least, greatest = (float(ends.sum()) for ends in (cost.min(1), cost.max(1)))
-        check(least <= budget.most, budget.name, budget.limit / budget.unit,
-              f"is out of reach; the formats given reach {least / budget.unit:.6g} to {greatest / budget.unit:.6g}")  # fmt: skip
+        check(least <= budget.most, budget.name, float(budget.limit / budget.unit),
+              f"is out of reach; the formats reach {least / budget.unit:.6g} to {greatest / budget.unit:.6g}")  # fmt: skip
     if len(budgets) == 1:
         found = _frontier(table, costs[0], budgets[0].most)
         chosen = found.choices[-1]

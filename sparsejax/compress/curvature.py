@@ -18,6 +18,7 @@ Kernels are the stacks in which the model holds them, [layers, in, out], so that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from sparsejax.evaluate.scoring import token_scores
 from sparsejax.io.model import Model
 from sparsejax.io.name_map import parameter_slots
 from sparsejax.plugs import check
+
+LOGITS_TOGETHER = 64  # tokens whose logits are held at once
 
 Stacks = dict[str, Array]  # by the path of a stack of kernels
 
@@ -75,14 +78,26 @@ class Curvature:
         self.kernels: Stacks = {".".join(slot.path): nnx_compat.at(model.values, slot.path) for slot in self.slots}
         for site, slot in zip(sites, self.slots, strict=True):
             packed = not isinstance(self.kernels[".".join(slot.path)], jax.Array)
-            check(not packed, site, "packed", "has no derivatives; start from the float model, or leave the site out by `sites`")
+            check(not packed, site, "packed", "has no derivatives; start from the float model, or leave it out by `sites`")
         self._loss_of = jax.jit(self._loss)
+        self._features_of = jax.jit(lambda *arguments: self._features(*arguments)[1])
+        self._divergence_of = jax.jit(self._divergence)
         self._product_of = jax.jit(self._product)
         self._fisher_of = jax.jit(self._fisher)
 
     def loss(self, tokens: Int[np.ndarray, "B T"], kernels: Mapping[str, Any] | None = None) -> float:
         """L, with other kernels at some sites."""
         return float(self._loss_of(self.with_kernels(kernels or {}), self.model.values, jnp.asarray(tokens)))
+
+    def features(self, tokens: Int[np.ndarray, "B T"]) -> Float[Array, "B*T D"]:
+        """What the model's head reads, for `divergence`."""
+        return self._features_of(self.kernels, self.model.values, jnp.asarray(tokens))
+
+    def divergence(
+        self, tokens: Int[np.ndarray, "B T"], features: Float[Array, "B*T D"], kernels: Mapping[str, Any]
+    ) -> float:
+        """Mean over tokens of KL(model || model with other kernels at some sites), nats; `features` are the model's own."""
+        return float(self._divergence_of(self.with_kernels(kernels), self.model.values, jnp.asarray(tokens), features))
 
     def traces(self, tokens: Int[np.ndarray, "B T"], seed: int) -> Float[np.ndarray, " N"]:
         """One draw of tr H of every map."""
@@ -107,13 +122,10 @@ class Curvature:
         """
         rng, chosen = np.random.default_rng(seed), self.chosen(group)
         drawn = {path: jnp.asarray(rng.standard_normal(k.shape, np.float32)) for path, k in self.kernels.items()}
-        vector, last = _unit(_masked(chosen, drawn)), np.inf
-        for count in range(1, most + 1):
+        vector, last, value, count = _unit(_masked(chosen, drawn)), np.nan, np.inf, 0
+        while count < most and not abs(value - last) <= tolerance * abs(value):
             product = _masked(chosen, self._times(vector, tokens))
-            value = float(_whole(vector, product))
-            if abs(value - last) <= tolerance * abs(value):
-                break
-            vector, last = _unit(product), value
+            vector, last, value, count = _unit(product), value, float(_whole(vector, product)), count + 1
         return Eigenvalue(value, count)
 
     def pairs(self, tokens: Int[np.ndarray, "B T"], moves: Stacks, group: Sequence[int]) -> Float[np.ndarray, " N"]:
@@ -164,13 +176,25 @@ class Curvature:
 
     def _features(self, kernels: Stacks, values: dict[str, Any], tokens: Array) -> tuple[Any, Array]:
         module = self.module(kernels, values)
-        h = module.features({"tokens": tokens[:, :-1]}, Context(mode="prefill"))[0]
+        h = module.features({"tokens": tokens}, Context(mode="prefill"))[0]
         return module, h.reshape(-1, h.shape[-1]).astype(self.model.config.dtype)
 
     def _loss(self, kernels: Stacks, values: dict[str, Any], tokens: Array, labels: Array | None = None) -> Array:
         module, h = self._features(kernels, values, tokens)
+        h = h.reshape(*tokens.shape, -1)[:, :-1].reshape(-1, h.shape[-1])
         targets = tokens[:, 1:].reshape(-1) if labels is None else labels
         return jnp.mean(token_scores(module.logits, h, targets, self.model.config.vocab_size)[0])
+
+    def _divergence(self, kernels: Stacks, values: dict[str, Any], tokens: Array, features: Array) -> Array:
+        module, h = self._features(kernels, values, tokens)
+
+        def divergence(pair: tuple[Array, Array]) -> Array:
+            p, q = (jax.nn.log_softmax(module.logits(side)) for side in pair)  # kernels of blocks do not change the head
+            return jnp.sum(jnp.exp(p) * (p - q))
+
+        together = math.gcd(len(h), LOGITS_TOGETHER)
+        parts = jax.lax.map(divergence, tuple(side.reshape(-1, together, side.shape[-1]) for side in (features, h)))
+        return jnp.sum(parts) / len(h)
 
     def _product(self, kernels: Stacks, vector: Stacks, values: dict[str, Any], tokens: Array) -> Stacks:
         """H v."""
@@ -180,7 +204,7 @@ class Curvature:
 
     def _fisher(self, kernels: Stacks, values: dict[str, Any], tokens: Array, key: Array) -> Stacks:
         """The gradient of one row is that of the sum of its tokens' losses: their products have the mean zero."""
-        module, h = self._features(kernels, values, tokens)
+        module, h = self._features(kernels, values, tokens[:, :-1])
         labels = jax.random.categorical(key, module.logits(h)[:, : self.model.config.vocab_size])
         gradient = jax.grad(self._loss)(kernels, values, tokens, labels)
         return {path: len(labels) * total for path, total in _dots(gradient, gradient).items()}

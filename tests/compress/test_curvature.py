@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from sparsejax.compress.curvature import Curvature, estimate
+from sparsejax.compress.packed import with_qtensors
 from sparsejax.context import Context
-from sparsejax.methods.quant.rtn import Rtn
+from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import ConfigError
+from sparsejax.quantized_arrays import qtensor
 from tests.compress.tiny import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (1, 12), np.int32)
@@ -61,11 +63,16 @@ def traces_of(matrix):
     return np.einsum("injn->ij", blocks_of(matrix)).diagonal()
 
 
-def test_the_loss_is_the_mean_over_predicted_tokens_and_follows_changed_kernels(curvature):
+def test_the_loss_and_the_divergence_follow_changed_kernels(curvature):
     changed = {SITES[2]: 0 * curvature.model.parameter(f"{SITES[2]}.kernel")}
     assert curvature.loss(TOKENS) != curvature.loss(TOKENS, changed)
     again = Curvature(curvature.model.rebuilt(curvature.model.config, {f"{SITES[2]}.kernel": changed[SITES[2]]}), SITES)
     assert again.loss(TOKENS) == pytest.approx(curvature.loss(TOKENS, changed), rel=1e-6)
+    features, head = [one.features(TOKENS) for one in (curvature, again)], curvature.model.module().logits
+    p, q = (np.asarray(jax.nn.log_softmax(head(h)), np.float64) for h in features)
+    found = curvature.divergence(TOKENS, features[0], changed)
+    assert found == pytest.approx(np.mean(np.sum(np.exp(p) * (p - q), -1)), rel=1e-3) and found > 0.01
+    assert abs(curvature.divergence(TOKENS, features[0], {})) < 1e-6
 
 
 def test_hutchinsons_draws_have_the_traces_for_their_mean_and_tell_their_error(curvature, written):
@@ -110,11 +117,8 @@ def test_pairs_are_the_products_of_moves_with_the_hessian_between_them(curvature
 
 def test_a_single_draw_has_no_error_and_packed_kernels_no_derivatives(curvature):
     assert np.isnan(estimate(np.ones((1, 2))).error).all()
-    packed = Rtn("int8", sites=SITES[2]).apply(curvature.model, _Notes())
+    model, kernel = curvature.model, curvature.model.parameter(f"{SITES[2]}.kernel")
+    tensor = qtensor(kernel, FormatSpec.parse("int8"))
+    packed = with_qtensors(model, {f"blocks.{layer}.mlp.down": tensor for layer in (0, 1)})
     with pytest.raises(ConfigError, match=f"{SITES[2]} = 'packed': has no derivatives"):
         Curvature(packed, SITES)
-
-
-class _Notes:
-    def note(self, name, **values):
-        pass

@@ -29,9 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparsejax.compress.bit_allocation import BitAllocator, Formats, check_formats, specs_for, specs_in
 from sparsejax.compress.calibration import Calibration
 from sparsejax.compress.obs import BLOCK, Factor, Settle, factor, obs_sweep
-from sparsejax.compress.packed import check_format, check_kernels, note_formats, with_qtensors
+from sparsejax.compress.packed import check_kernels, note_formats, with_qtensors
 from sparsejax.compress.recipe import FORMATS, Pass, Tier, Work
 from sparsejax.io.model import Model
 from sparsejax.methods.pruning.sequential import ALL_MAPS, Moment, Scored, maps_of, second_moments, visit_in_order
@@ -200,9 +201,10 @@ def _nearest(row: Array, scale: Array, zero: Array | None, spec: FormatSpec) -> 
 
 @dataclass
 class Gptq(Pass):
-    """format: of `FormatSpec.parse`; order: of `ORDERS`; damping: of the Hessian; block: inputs per product; sites: maps."""
+    """format: a name, or one for each map (`compress.bit_allocation`); order: of `ORDERS`; damping: of the Hessian; block:
+    inputs per product; sites: maps."""
 
-    format: str = "int4:asym,group=64"
+    format: Formats = "int4:asym,group=64"
     order: str = "none"
     damping: float = 0.01
     block: int = BLOCK
@@ -210,14 +212,14 @@ class Gptq(Pass):
     stage: ClassVar[str] = FORMATS
 
     def check(self, config: ModelConfig) -> None:
-        spec = FormatSpec.parse(self.format)
         check_choice("order", self.order, ORDERS)
         check(self.damping > 0, "damping", self.damping, "must be positive")
         check(self.block >= 1, "block", self.block, "must be at least 1")
-        check(spec.rounding != "stochastic", "format", self.format, "rounds at random, which leaves errors that are not needed")
-        check(spec.second != "double" or self.order == "static", "order", self.order,
-              f"{spec} quantizes the scales of all groups together, before the sweep; expected static")  # fmt: skip
-        check_format(config, maps_of(config, self.sites), spec)
+        for spec in specs_in(self.format):
+            check(spec.rounding != "stochastic", "format", str(spec), "rounds at random, which leaves needless errors")
+            check(spec.second != "double" or self.order == "static", "order", self.order,
+                  f"{spec} quantizes the scales of all groups together, before the sweep; expected static")  # fmt: skip
+        check_formats(self.format, config, maps_of(config, self.sites))
 
     def check_inputs(self, model: Model, calibration: Calibration) -> None:
         sites, shapes, spec = maps_of(model.config, self.sites), linear_shapes(model.config), calibration.spec
@@ -227,20 +229,25 @@ class Gptq(Pass):
                   f"are fewer than its {shapes[site][0]} inputs, so that their Hessian lacks rank; raise "
                   "--calibration-sequences or --calibration-length, or round to nearest (rtn)")  # fmt: skip
         check_kernels(model, sites)
+        if isinstance(self.format, BitAllocator):
+            self.format.check_inputs(model, calibration)
 
     def cost(self, config: ModelConfig, tier: Tier) -> str:
         passes = f"{config.num_layers} blocks x 5 passes of {tier.sequences * tier.length:,} tokens"
-        return f"{passes}, and a sweep over the inputs of every map"
+        chosen = self.format.cost(maps_of(config, self.sites), tier) if isinstance(self.format, BitAllocator) else ""
+        return "; ".join(part for part in (chosen, f"{passes}, and a sweep over the inputs of every map") if part)
 
     def apply(self, model: Model, work: Work) -> Model:
-        spec, sites = FormatSpec.parse(self.format), maps_of(model.config, self.sites)
-        latest: list[tuple[Moment, Sweep]] = []  # maps of one input share its factor
+        sites = maps_of(model.config, self.sites)
+        specs = specs_for(self.format, model, work, sites)
+        latest: list[tuple[Moment, int, Sweep]] = []  # maps of one input, in formats of equal groups, share its factor
 
         def quantize(site: str, kernel: np.ndarray, moment: Moment) -> Scored:
-            if not latest or latest[0][0] is not moment:
-                group = spec.block(kernel.shape)[0]  # type: ignore[arg-type]
-                latest[:] = [(moment, sweep_of(moment.mean, group, self.order, self.damping))]
-            sweep = latest[0][1]
+            spec = specs[site]
+            group = spec.block(kernel.shape)[0]  # type: ignore[arg-type]
+            if not latest or latest[0][0] is not moment or latest[0][1] != group:
+                latest[:] = [(moment, group, sweep_of(moment.mean, group, self.order, self.damping))]
+            sweep = latest[0][2]
             fixed = qparams(jnp.asarray(kernel), spec) if self.order == "static" else None
             dtype = model.parameter(f"{site}.kernel").dtype
             tensor, loss = gptq(kernel, sweep, spec, parameters=fixed, block=self.block, dtype=dtype)

@@ -18,9 +18,10 @@ from typing import ClassVar
 
 import jax
 
+from sparsejax.compress.bit_allocation import BitAllocator, Formats, check_formats, specs_for
 from sparsejax.compress.calibration import Calibration
-from sparsejax.compress.packed import check_format, check_kernels, float_kernel, note_formats, with_qtensors
-from sparsejax.compress.recipe import FORMATS, Pass, Work
+from sparsejax.compress.packed import check_kernels, float_kernel, note_formats, with_qtensors
+from sparsejax.compress.recipe import FORMATS, Pass, Tier, Work
 from sparsejax.compress.surgery import sites_of
 from sparsejax.io.model import Model
 from sparsejax.methods.pruning.sequential import ALL_MAPS
@@ -31,24 +32,29 @@ from sparsejax.quantized_arrays import QTensor, qtensor
 
 @dataclass
 class Rtn(Pass):
-    """format: of `FormatSpec.parse`, e.g. "int4:asym,group=64"; sites: the maps; seed: of stochastic rounding."""
+    """format: e.g. "int4:asym,group=64", or one for each map (`compress.bit_allocation`); sites: the maps; seed: of stochastic
+    rounding."""
 
-    format: str = "int4:asym,group=64"
+    format: Formats = "int4:asym,group=64"
     sites: str = ALL_MAPS
     seed: int = 0
     stage: ClassVar[str] = FORMATS
     experts: ClassVar[bool] = True
 
     def check(self, config: ModelConfig) -> None:
-        check_format(config, sites_of(config, "weights", self.sites), FormatSpec.parse(self.format))
+        check_formats(self.format, config, sites_of(config, "weights", self.sites))
 
     def check_inputs(self, model: Model, calibration: Calibration) -> None:
         check_kernels(model, sites_of(model.config, "weights", self.sites))
+        if isinstance(self.format, BitAllocator):
+            self.format.check_inputs(model, calibration)
+
+    def cost(self, config: ModelConfig, tier: Tier) -> str:
+        return self.format.cost(sites_of(config, "weights", self.sites), tier) if isinstance(self.format, BitAllocator) else ""
 
     def apply(self, model: Model, work: Work) -> Model:
-        spec, key = FormatSpec.parse(self.format), jax.random.key(self.seed)
-        tensors = {}
-        for site in sites_of(model.config, "weights", self.sites):
+        key, tensors = jax.random.key(self.seed), {}
+        for site, spec in specs_for(self.format, model, work, sites_of(model.config, "weights", self.sites)).items():
             drawn = jax.random.fold_in(key, zlib.crc32(site.encode()))
             tensors[site] = _rounded(float_kernel(model, site), drawn, spec)
         note_formats(work, self.name, model, tensors)

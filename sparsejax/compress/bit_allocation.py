@@ -66,8 +66,11 @@ class BitProblem:
     @functools.cached_property
     def squared_errors(self) -> Float[np.ndarray, "N K"]:
         """||W - Q(W)||^2 of each map in each format."""
-        kernels = [float_kernel(self.model, site) for site in self.sites]
-        return np.array([[float(_squared_error(kernel, spec)) for spec in self.specs] for kernel in kernels], np.float64)
+        found = np.empty((len(self.sites), len(self.specs)))
+        for number, site in enumerate(self.sites):
+            kernel = np.asarray(float_kernel(self.model, site), np.float64)
+            found[number] = [np.sum(np.square(kernel - np.asarray(self.rounded(site, spec)))) for spec in self.specs]
+        return found
 
 
 class BitAllocator(abc.ABC):
@@ -307,10 +310,3 @@ def _piece(compute: Callable[[int], np.ndarray], number: int) -> dict[str, np.nd
 @functools.partial(jax.jit, static_argnums=1)
 def _fake(kernel: Array, spec: FormatSpec) -> Array:
     return fake(kernel, spec)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _squared_error(kernel: Array, spec: FormatSpec) -> Array:
-    kernel = kernel.astype(jnp.float32)
-    return jnp.sum(jnp.square(kernel - fake(kernel, spec)))
-

@@ -148,7 +148,7 @@ def test_a_thinned_frontier_keeps_both_of_its_ends():
 
 def test_what_cannot_be_met_is_refused_with_what_can():
     losses, costs = np.ones((2, 2)), np.array([[1.0, 2], [3, 5]])
-    with pytest.raises(ConfigError, match=r"megabytes = 3: is out of reach; the formats reach 4 to 7"):
+    with pytest.raises(ConfigError, match=r"megabytes = 3.0: is out of reach; the formats reach 4 to 7"):
         allocate(losses, [Budget("megabytes", costs, 3)])
     with pytest.raises(ConfigError, match="no choice of formats meets all of them; a needs at least 7 where"):
         allocate(losses, [Budget("a", costs, 4), Budget("b", -costs, -7)])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs.recipes import hawq as recipe
+from configs.recipes import mixed
 from sparsejax.compress.bit_allocation import MENU, BitProblem, parse_budget, stored_bytes
 from sparsejax.compress.calibration import Calibration, CalibrationSpec
 from sparsejax.compress.curvature import Curvature, Eigenvalue
@@ -149,6 +150,15 @@ def test_a_plan_can_be_written_by_hand_and_every_glob_must_count():
         check_recipe([Rtn({"blocks.9.**": "int8", "**": "int4"})], config)
     with pytest.raises(ConfigError, match=r"format of \*\*: element.*Did you mean 'int4'"):
         check_recipe([Rtn({"**": "int44"})], config)
+
+
+def test_the_argument_of_the_recipe_of_plans_by_hand():
+    formats = {"blocks.*.mlp.down": "int8", "**": "int4:asym,group=64"}
+    assert mixed.get_recipe() == [Rtn(formats)]
+    assert mixed.get_recipe("blocks.*.mlp.down=int8/**=int4:asym,group=64/gptq") == [Gptq(formats)]
+    for arg, message in [("int8", "mixed: part = 'int8': expected GLOB=FORMAT"), ("**=int8/**=int4", "are not all different")]:
+        with pytest.raises(ConfigError, match=message):
+            mixed.get_recipe(arg)
 
 
 def test_true_bytes_are_those_of_the_packed_tensors():

@@ -1,8 +1,9 @@
 """How long a product with a quantized weight takes, by shape and format, beside the bytes it reads and the rate of the memory.
 
-Times are those of the product that a model computes (`arrays.matmul` of a float x and a QTensor), on several weights in turn,
-so that they come from memory where the device's caches do not hold them all. Formats take turns, so that a machine whose speed
-drifts treats them alike. The result is a table of costs that `methods.quant.ohq` allocates bits by.
+Times are those of the product that a model computes (`arrays.matmul` of a float x and a QTensor), one of `WEIGHTS` in a row in
+one program, each fed by the one before it: a program's start is shared, as it is in a model, and weights come from memory where
+the device's caches do not hold them all. Formats take turns, so that a machine whose speed drifts treats them alike. The result
+is a table of costs that `methods.quant.ohq` allocates bits by.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sparsejax.arrays import matmul
 from sparsejax.evaluate.decode_speed import Probe
@@ -23,7 +25,8 @@ from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import check
 from sparsejax.quantized_arrays import QTensor, qtensor
 
-WEIGHTS = 8  # of each shape and format, in turn
+WEIGHTS = 8  # of each shape and format, in a row
+FED_ON = 1e-30  # of a product's mean, to the next x: nothing, but no compiler may know it
 DENSE = "float32"
 
 
@@ -34,10 +37,11 @@ def bench_formats(model: str, formats: Sequence[str], *, rows: int, rounds: int)
       model: name or path; its config alone is read.
       formats: of `FormatSpec.parse`.
       rows: of x; 1 is decoding.
-      rounds: turns of each format; times are medians over them and the weights.
+      rounds: turns of each format, at least two; times are medians over them.
     Raises:
       ConfigError: an unknown model or format, or one that does not fit a shape, before anything is timed.
     """
+    check(rounds >= 2, "--rounds", rounds, "must be at least 2")
     shapes = list(dict.fromkeys(linear_shapes(config_of(model)).values()))
     specs = [FormatSpec.parse(text, "--formats") for text in formats]
     for spec in specs:
@@ -73,17 +77,22 @@ def _weights(shape: tuple[int, int], spec: FormatSpec) -> list[QTensor]:
     return [quantize(key) for key in jax.random.split(jax.random.key(1), WEIGHTS)]
 
 
+@jax.jit
+def _products(x: jax.Array, weights: list[Any]) -> jax.Array:
+    for weight in weights:
+        x = x + FED_ON * jnp.mean(matmul(x, weight))
+    return x
+
+
 def _timed(shape: tuple[int, int], x: jax.Array, weights: dict[str, list[Any]], rounds: int) -> list[dict[str, Any]]:
-    product = jax.jit(matmul)
     for tensors in weights.values():
-        jax.block_until_ready(product(x, tensors[0]))
+        jax.block_until_ready(_products(x, tensors))
     seconds: dict[str, list[float]] = {name: [] for name in weights}
     for _ in range(rounds):
         for name, tensors in weights.items():
-            for tensor in tensors:
-                start = time.perf_counter()
-                jax.block_until_ready(product(x, tensor))
-                seconds[name].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            jax.block_until_ready(_products(x, tensors))
+            seconds[name].append((time.perf_counter() - start) / WEIGHTS)
     moved = 4 * (x.size + len(x) * shape[1])
     stored = {name: sum(leaf.nbytes for leaf in jax.tree.leaves(tensors[0])) for name, tensors in weights.items()}
     return [{"in": shape[0], "out": shape[1], "format": name, "seconds": statistics.median(times), "lowest": min(times),
@@ -95,7 +104,7 @@ def describe(result: dict[str, Any]) -> str:
     """The table for people; speed is beside the float32 product of the shape."""
     lines = [
         f"products of {result['rows']} rows on {result['device']}, jax {result['jax']}, median of {result['rounds']} rounds "
-        f"of {WEIGHTS} weights (quartiles); memory reads {result['read_bandwidth'] / 1e9:.1f} GB/s",
+        f"of {WEIGHTS} in a row (quartiles); memory reads {result['read_bandwidth'] / 1e9:.1f} GB/s",
         f"{'in x out':>12} {'format':24} {'microseconds':>26} {'kB':>8} {'of read rate':>12} {'x float32':>9}",
     ]
     dense = {(row["in"], row["out"]): row["seconds"] for row in result["measured"] if row["format"] == DENSE}

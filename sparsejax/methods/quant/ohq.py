@@ -13,6 +13,9 @@ The paper estimates losses from masked forward passes on the chip, which is left
 from __future__ import annotations
 
 import json
+import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +54,13 @@ class CostTable(NamedTuple):
 
 
 def device_name() -> str:
-    """Platform and kind of the device that JAX computes on by default."""
+    """Platform and kind of the device that JAX computes on by default; of a CPU model and cores, which JAX does not tell."""
     device = jax.devices()[0]
-    return f"{device.platform}: {device.device_kind}"
+    if device.platform != "cpu":
+        return f"{device.platform}: {device.device_kind}"
+    listed = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", listed.read_text(), re.MULTILINE) if listed.exists() else None
+    return f"cpu: {named[1] if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def table_json(table: CostTable) -> dict[str, Any]:

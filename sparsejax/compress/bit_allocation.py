@@ -220,7 +220,7 @@ class Additive(BitAllocator):
         budgets = self.budgets(model.config, sites)
         found = bits.allocate(losses, budgets, groups)
         plan = {site: specs[choice] for site, choice in zip(sites, found.choices, strict=True)}
-        spent = {one.name.split(": ")[-1]: total / one.unit for one, total in zip(budgets, found.spent, strict=True)}
+        spent = {one.name.split(": ")[-1]: float(total / one.unit) for one, total in zip(budgets, found.spent, strict=True)}
         by_size = bits.frontier(losses, 8 * stored_bytes(model.config, sites, specs), groups, FRONTIER_POINTS)
         rows = zip(by_size.cost / problem.sizes.sum(), by_size.loss, strict=True)
         work.note(self.name, budget=self.budget, spent=spent, predicted_loss=found.loss, **described(plan),

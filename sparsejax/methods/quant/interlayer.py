@@ -10,7 +10,9 @@ that it saves. How many of them get the low format is found by bisection, the re
 measured of the whole rounded model, within `rise` of the float one. So the budget is one of
 quality, and few models are evaluated.
 
-The paper estimates its terms from differences of the loss; I_ij by products with the Hessian is exact. Left out: latency.
+The paper estimates its terms from differences of the loss; I_ij by products with the Hessian is exact. Of a model off its
+minimum H has negative eigenvalues and the gradient counts too: the order is then worse, the bound, which is measured, holds.
+Left out: latency.
 """
 
 from __future__ import annotations

@@ -139,6 +139,16 @@ def test_a_trace_that_is_lost_in_its_noise_counts_as_its_error(monkeypatch):
     assert mean < 0 < error and min(using.notes["0-hawq"]["loss_of"][SITES[0]]) > 0
 
 
+def test_gptq_walks_maps_of_one_input_by_the_groups_of_each_ones_own_format():
+    found = []
+    for formats in ({"**.q": "int4:asym,group=4", "**": "int4:asym,group=8"}, "int4:asym,group=8"):
+        model = run_recipe([Gptq(formats, "group", sites="blocks.0.attn.{q,k}")], tiny_model(), work())
+        found.append([model.parameter(f"blocks.0.attn.{name}.kernel") for name in "qk"])
+    (q, k), (other_q, same_k) = found
+    jax.tree.map(np.testing.assert_array_equal, k, same_k)
+    assert q.scale.shape != other_q.scale.shape
+
+
 def test_a_plan_can_be_written_by_hand_and_every_glob_must_count():
     formats = {"blocks.0.mlp.down": "int8", "**": "int4:asym,group=16"}
     model = run_recipe([Rtn(formats, sites="blocks.*.mlp.down")], tiny_model(), work())

@@ -7,7 +7,8 @@ weights of linear maps W_i, n_i of them, with the Hessian H_i of the mean loss w
     loss of map i in format k = s_i / 2 ||Q_k(W_i) - W_i||^2      s_i:  V2  tr(H_i) / n_i     HAWQ  lambda_max(H_i)
 
 V2's sum predicts what all of them add, in nats, at a minimum of the loss; HAWQ's is what each adds at worst. V2 takes the
-choice of least loss within a size; here `compress.bits` does, exactly. Where a trace is not above its own error it is taken to be the error: noise must not make a map free.
+choice of least loss within a size; here `compress.bits` does, exactly. Where a trace is not above its own error it is taken to
+be the error: noise must not make a map free.
 
     curvature=trace       Hutchinson's draws, one product of H and a random vector each for all maps at once
     curvature=fisher      the Gauss-Newton trace from labels drawn from the model: a gradient per draw, never negative

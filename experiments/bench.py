@@ -23,7 +23,7 @@ class Flags:
     model: str = entry.flag("", "decode, formats: name or path of the model")
     tokens: int = entry.flag(64, "decode: new tokens timed, in each turn")
     prompt_length: int = entry.flag(32, "decode: tokens of the prompt")
-    formats: str = entry.flag("", "formats: number formats of weights, joined by +; default 2, 3, 4 and 8 bits in groups of 64")
+    formats: str = entry.flag("", "formats: formats of weights with / between; default 2, 3, 4 and 8 bits in groups of 64")
     rows: int = entry.flag(1, "formats: rows of x; 1 is decoding")
     rounds: int = entry.flag(5, "how often the variants take turns; the spread is over them")
 
@@ -65,9 +65,9 @@ def _formats(call: entry.Call[Flags]) -> dict[str, Any]:
     check(flags.model, "--model", "", "give the name or path of a model")
     check(flags.rows >= 1, "--rows", flags.rows, "must be at least 1")
     from experiments.bench_formats import bench_formats
-    from sparsejax.compress.bit_allocation import parse_menu
+    from sparsejax.compress.bit_allocation import menu_of
 
-    return bench_formats(flags.model, parse_menu(flags.formats), rows=flags.rows, rounds=flags.rounds)
+    return bench_formats(flags.model, menu_of(flags.formats.split("/")), rows=flags.rows, rounds=flags.rounds)
 
 
 _BENCHMARKS: dict[str, Callable[[entry.Call[Flags]], dict[str, Any]]] = {

@@ -1,17 +1,18 @@
-"""ZeroQ: bits by what each map alone does to the predictions, on text the model writes itself; argument budget/menu/data.
+"""ZeroQ: bits by what each map alone does to the predictions, on text that the model writes itself.
 
     python -m experiments.compress --model smollm2-135m --recipe configs/recipes/zeroq.py:4.25bits --out runs/zeroq
-    python -m experiments.compress --model M --recipe configs/recipes/zeroq.py:60MB/int4+int8/calibration --out DIR
+    python -m experiments.compress --model M --recipe configs/recipes/zeroq.py:60MB/int4/int8/calibration --out DIR
 
-Budget and menu as in `hawq.py`; data is `generated` (default: nothing is calibrated on) or `calibration`.
+The argument is BUDGET/FORMAT/... as in `hawq.py`, and `generated` (default: nothing is calibrated on) or `calibration`.
 """
 
-from sparsejax.compress.bit_allocation import parse_menu
+from sparsejax.compress.bit_allocation import menu_of
 from sparsejax.compress.recipe import Pass
 from sparsejax.methods.quant.rtn import Rtn
-from sparsejax.methods.quant.zeroq import Zeroq
+from sparsejax.methods.quant.zeroq import DATA, Zeroq
 
 
 def get_recipe(arg: str = "") -> list[Pass]:
-    budget, menu, data = (*arg.split("/", 2), "", "", "")[:3]
-    return [Rtn(Zeroq(budget or "4.25bits", parse_menu(menu), data=data or "generated"))]
+    budget, *parts = arg.split("/")
+    data = next((part for part in parts if part in DATA), "generated")
+    return [Rtn(Zeroq(budget or "4.25bits", menu_of(part for part in parts if part not in DATA), data=data))]

@@ -6,7 +6,7 @@
 
 An `Additive` allocator measures what each map costs the loss in each format (the papers' files say how) and leaves the choice
 to `compress.bits`. Budgets are of the quantized maps alone, true bytes with scales, zeros and fill: `4.25bits` a weight, `60MB`
-(1e6 bytes), `3.5ms` where there is a table of times; `4.25bits+3.5ms` are two.
+(1e6 bytes), `3.5ms` where there is a table of times; `4.25bits,3.5ms` are two.
 """
 
 from __future__ import annotations
@@ -169,9 +169,9 @@ def _by_site(formats: str | Mapping[str, str], sites: Sequence[str]) -> dict[str
     return {site: specs[glob] for site, glob in first.items()}
 
 
-def parse_menu(text: str) -> tuple[str, ...]:
-    """Formats joined by `+`, as recipes take them; `MENU` where there are none."""
-    return tuple(part.strip() for part in text.split("+")) if text.strip() else MENU
+def menu_of(formats: Iterable[str]) -> tuple[str, ...]:
+    """Formats as recipes are given them, without empty ones; `MENU` where there are none."""
+    return tuple(text for text in formats if text) or MENU
 
 
 @dataclass(frozen=True)
@@ -271,17 +271,17 @@ def _bytes_of(shape: tuple[int, int], spec: FormatSpec) -> int:
 
 
 def parse_budget(text: str, units: Sequence[str], field: str) -> list[tuple[float, str]]:
-    """(amount, unit) of each budget in `4.25bits+60MB`.
+    """(amount, unit) of each budget in `4.25bits,60MB`.
 
     Raises:
       ConfigError: no positive number, or a unit that is not of `units`, or one that is there twice.
     """
     found: list[tuple[float, str]] = []
-    for part in text.split("+"):
+    for part in text.split(","):
         matched = _AMOUNT.fullmatch(part)
         if matched is None:
             raise ConfigError(f"{field} = {text!r}: expected an amount with its unit ({', '.join(units)}), such as 4.25bits; "
-                              "several are joined by +")
+                              "several have commas between")
         amount, unit = float(matched[1]), matched[2]
         check_choice(f"{field} = {text!r}: unit", unit, units)
         check(amount > 0, field, text, "must be positive")

@@ -116,7 +116,7 @@ def test_ohq_with_times_in_proportion_to_bytes_plans_as_for_the_size_and_else_by
     budget = f"{bytes_allowed / 4e3}ms"
     alone = Ohq(budget, SMALL, table=str(path)).plan(tiny_model(), work(), SITES)
     assert {spec.bits for spec in alone.values()} == {8}
-    both = Ohq(f"{budget}+{bytes_allowed / 1e6}MB", SMALL, table=str(path)).plan(tiny_model(), using, SITES)
+    both = Ohq(f"{budget},{bytes_allowed / 1e6}MB", SMALL, table=str(path)).plan(tiny_model(), using, SITES)
     assert 2 in {spec.bits for spec in both.values()} and using.notes["0-ohq"]["spent"]["MB"] <= bytes_allowed / 1e6
 
 
@@ -238,10 +238,10 @@ def test_as_many_groups_as_keep_the_loss_within_its_rise_get_the_low_format_and_
 
 
 def test_the_arguments_of_the_recipes():
-    assert qbert_recipe.get_recipe("4bits/int4+int8") == [Rtn(Qbert("4bits", ("int4", "int8")))]
-    assert zeroq_recipe.get_recipe("60MB//calibration") == [Rtn(Zeroq("60MB", data="calibration"))]
-    assert ohq_recipe.get_recipe("9ms/int4+int8/a/b.json") == [Rtn(Ohq("9ms", ("int4", "int8"), table="a/b.json"))]
-    assert interlayer_recipe.get_recipe("0.05/int2:asym,group=16+int8") == [Rtn(Interlayer(0.05, "int2:asym,group=16", "int8"))]
+    assert qbert_recipe.get_recipe("4bits/int4/int8") == [Rtn(Qbert("4bits", ("int4", "int8")))]
+    assert zeroq_recipe.get_recipe("60MB/calibration") == [Rtn(Zeroq("60MB", data="calibration"))]
+    assert ohq_recipe.get_recipe("9ms/int4/int8@a/b.json") == [Rtn(Ohq("9ms", ("int4", "int8"), table="a/b.json"))]
+    assert interlayer_recipe.get_recipe("0.05/int2:asym,group=16/int8") == [Rtn(Interlayer(0.05, "int2:asym,group=16", "int8"))]
     assert interlayer_recipe.get_recipe() == [Rtn(Interlayer())]
     with pytest.raises(ConfigError, match="interlayer: rise = 'low': expected a number"):
         interlayer_recipe.get_recipe("low")

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from configs.recipes import compose, mixed, teal
 from configs.recipes import hawq as recipe
-from configs.recipes import mixed
 from sparsejax.compress.bit_allocation import MENU, BitProblem, parse_budget, stored_bytes
 from sparsejax.compress.calibration import Calibration, CalibrationSpec
 from sparsejax.compress.curvature import Curvature, Eigenvalue
@@ -182,7 +182,7 @@ def test_budgets_and_menus_that_cannot_be_are_refused_before_any_work():
     config = tiny_model().config
     for one, message in [
         (Hawq("2bits", SMALL), r"hawq: bits = 2.0: is out of reach; the formats reach 3\.\d+ to 9\.5"),
-        (Hawq("5bits+0.001MB", SMALL), "hawq: MB = 0.001: is out of reach"),
+        (Hawq("5bits,0.001MB", SMALL), "hawq: MB = 0.001: is out of reach"),
         (Hawq("5bits", ("int4", "int4:narrow")), "hawq: menu = .*expected two different formats"),
         (Hawq("5bits", ("int4", "int8:round=stochastic")), "rounds at random"),
         (Hawq("5bits"), r"blocks.0.attn.q \[16, 16\]: .*no multiple of 64"),
@@ -192,7 +192,7 @@ def test_budgets_and_menus_that_cannot_be_are_refused_before_any_work():
             check_recipe([Rtn(one)], config)
     with pytest.raises(ConfigError, match="hawq: budget = '4bit': unit = 'bit': allowed are 'bits', 'MB'. Did you mean 'bits'"):
         Hawq("4bit")
-    for text in ("", "bits", "-4bits", "0bits", "4bits+5bits"):
+    for text in ("", "bits", "-4bits", "0bits", "4bits,5bits"):
         with pytest.raises(ConfigError, match="budget"):
             parse_budget(text, ("bits",), "budget")
     with pytest.raises(ConfigError, match="hawq: curvature = 'hessian'"):
@@ -200,9 +200,10 @@ def test_budgets_and_menus_that_cannot_be_are_refused_before_any_work():
 
 
 def test_the_argument_of_the_recipe_is_budget_menu_and_options():
-    (one,) = recipe.get_recipe("60MB+4bits/int4:asym,group=64+int8/fisher,gptq")
-    assert one == Gptq(Hawq("60MB+4bits", ("int4:asym,group=64", "int8"), curvature="fisher"))
+    (one,) = recipe.get_recipe("60MB,4bits/int4:asym,group=64/int8/fisher/gptq")
+    assert one == Gptq(Hawq("60MB,4bits", ("int4:asym,group=64", "int8"), curvature="fisher"))
     assert recipe.get_recipe() == [Rtn(Hawq("4.25bits", MENU))]
     assert "32 gradients of 512 tokens; 2 blocks x 5" in one.cost(tiny_model().config, TIERS["quick"])
-    with pytest.raises(ConfigError, match="hawq: option = 'fischer'.*Did you mean 'fisher'"):
-        recipe.get_recipe("//fischer")
+    assert compose.get_recipe("hawq:5bits/gptq+teal:0.4") == [Gptq(Hawq("5bits")), *teal.get_recipe("0.4")]
+    with pytest.raises(ConfigError, match="hawq: menu: element = 'fischer': allowed"):
+        check_recipe(recipe.get_recipe("4bits/fischer"), tiny_model().config)

@@ -6,7 +6,7 @@
     sum_i t(shape of W_i, format of W_i) <= budget        t: seconds of one product of that shape in that format
 
 with t read from a table that `python -m experiments.bench formats` measures on this device. The plan is the best one under that
-budget and those of size (`3.5ms+4.25bits`), exactly. Where times are proportional to sizes it is the plan for the size.
+budget and those of size (`3.5ms,4.25bits`), exactly. Where times are proportional to sizes it is the plan for the size.
 The paper estimates losses from masked forward passes on the chip, which is left out, as is energy.
 """
 
@@ -104,7 +104,7 @@ class Ohq(Zeroq):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = [unit for _, unit in parse_budget(self.budget, self.units, "ohq: budget")]
-        check("ms" in given, "ohq: budget", self.budget, "names no time; give one such as 9ms, or 9ms+4.25bits (or use zeroq)")
+        check("ms" in given, "ohq: budget", self.budget, "names no time; give one such as 9ms, or 9ms,4.25bits (or use zeroq)")
 
     def budgets(self, config: ModelConfig, sites: Sequence[str]) -> list[Budget]:
         found = super().budgets(config, sites)

@@ -43,8 +43,10 @@ notebooks: models
 golden: setup
 	$(BIN)/python -m tests.test_shipped_configs
 
+# All of CI, then the tests again with more and other examples of each property.
 full:
 	.ci/run
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest
 
 clean:
 	rm -rf runs $(VENV)

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, strict rank promotion, deterministic hypothesis.
+"""Eight simulated CPU devices, strict rank promotion, deterministic hypothesis (HYPOTHESIS_PROFILE=full draws more, at random).
 
 Tests compile many tiny programs once each, which is most of what they cost: XLA's optimizer is switched off (two thirds off the
 suite's time), and compiled programs are kept between runs (half of the rest, from the second run on). A run with an empty
@@ -50,8 +50,9 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
-hypothesis.settings.load_profile("ci")
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=12)
+hypothesis.settings.register_profile("full", deadline=None, max_examples=100)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 LONGEST_FIRST = ("test_run.py", "test_finetune.py", "test_moe.py", "test_everything.py", "test_cache.py", "test_step.py",
                  "test_attend.py", "test_transformer.py", "test_shipped_configs.py", "test_sequence_sets.py",

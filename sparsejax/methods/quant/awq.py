@@ -33,7 +33,7 @@ from sparsejax.compress.blocks import INPUTS, Blocks
 from sparsejax.compress.calibration import Calibration
 from sparsejax.compress.packed import check_format, check_kernels, float_kernel
 from sparsejax.compress.recipe import WEIGHTS, Pass, Tier, Work
-from sparsejax.compress.scaling import Pair, merge_scales, scaled_pairs, verify_equivalence
+from sparsejax.compress.scaling import Pair, merge_scales, note_equivalence, scaled_pairs
 from sparsejax.io.model import Model
 from sparsejax.methods.pruning.sequential import ALL_MAPS, batches_of, maps_of, with_kernels
 from sparsejax.models.config import ModelConfig
@@ -44,7 +44,6 @@ from sparsejax.plugs import check
 RATIOS = tuple(step / 20 for step in range(20))
 CAPS = tuple(1 - step / 20 for step in range(10))
 UNCLIPPED = ("attn.q", "attn.k")
-VERIFIED_TOKENS = 512
 
 
 def awq_scales(mean: Float[np.ndarray, " in"], ratio: float) -> Float[np.ndarray, " in"]:
@@ -135,11 +134,11 @@ class Awq(Pass):
             streams = [search.blocks.run(layer, h)[0] for h in streams]
         scales = {pair.producer: found[f"{pair.producer}:scale"] for pair in chosen}
         scaled = merge_scales(model, chosen, scales)
-        error = verify_equivalence(model, scaled, work.calibration.tokens[:1, :VERIFIED_TOKENS])
+        note_equivalence(work, self.name, model, scaled)
         ratios = {pair.producer: float(found[f"{pair.producer}:ratio"]) for pair in chosen}
         gains = {pair.producer: float(found[f"{pair.producer}:gain"]) for pair in chosen}
         unscaled = {site: why for site, why in skipped.items() if site in sites}
-        work.note(self.name, ratios=ratios, error_of_rounding=gains, unscaled=unscaled, equivalence=error)
+        work.note(self.name, ratios=ratios, error_of_rounding=gains, unscaled=unscaled)
         caps = {name.removesuffix(":cap"): cap for name, cap in found.items() if name.endswith(":cap")}
         return _clamped(scaled, caps)
 

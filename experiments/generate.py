@@ -3,6 +3,7 @@
     python -m experiments.generate --model smollm2-135m --prompt "The capital of France is" --max-new-tokens 40
     python -m experiments.generate --model smollm2-135m --chat "Name three rivers." --temperature 0.7 --top-p 0.9 --seed 1
     python -m experiments.generate --model runs/mine --prompt-file prompts.txt --stop "\\n" --json generated.json
+    python -m experiments.generate --model smollm2-135m --prompt "Once" --cache-format int4:asym,token,zero=min,scale=f16
 
 Prompts: --prompt (repeat it for several), --prompt-file (one a line, or a JSON list of strings), --chat (turns of user and
 assistant by turns, the user first) or --chat-file (a JSON list of {"role", "content"}); a chat goes through the model's own
@@ -42,6 +43,7 @@ class Flags:
     stop: tuple[str, ...] = entry.flag((), "text that ends a continuation and is not printed; several if repeated")
     seed: int = entry.flag(0, "of the draws; the n-th prompt has seed + n")
     dtype: str = entry.flag("float32", entry.DTYPE)
+    cache_format: str = entry.flag("", "of keys and values, e.g. int4:asym,token,zero=min; by default the model's own")
     executor: str = entry.flag("masked", "of sparse products while decoding: masked (zeros are multiplied) or gathered")
 
 
@@ -57,10 +59,13 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
     from sparsejax.evaluate.sampling import Sampling
     from sparsejax.evaluate.text_generator import TextGenerator
     from sparsejax.io.load import load
+    from sparsejax.methods.quant.kv_cache import with_cache_format
 
     check_choice("--executor", flags.executor, EXECUTORS)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.min_p)
-    generator = TextGenerator(load(flags.model, dtype=flags.dtype), consume=True, executor=flags.executor)
+    model = load(flags.model, dtype=flags.dtype)
+    model = with_cache_format(model, flags.cache_format, "--cache-format") if flags.cache_format else model
+    generator = TextGenerator(model, consume=True, executor=flags.executor)
     prompts = [generator.encode(prompt) if isinstance(prompt, str) else generator.encode_chat(prompt) for prompt in asked]
     generator.check_room(prompts, flags.max_new_tokens)
     started = time.perf_counter()
@@ -70,6 +75,7 @@ def main(call: entry.Call[Flags]) -> dict[str, Any]:
     print(f"\n{describe_speed(speed, flags.executor)}; {seconds:.1f} s with compilation", file=sys.stderr)
     return {
         "model": flags.model, "dtype": flags.dtype, "executor": flags.executor, "seed": flags.seed, "command": call.command,
+        "cache_format": model.config.attention.cache_format,
         "results": results, "seconds_with_compilation": seconds, "speed": speed,
     }
 

@@ -127,12 +127,12 @@ FREE_TEXT = ("name", "init", "data.data_dir", "evaluate.sample_prompt")
 SPECS = (
     "objectives", "data.source", "data.tokenizer", "data.task", "model.feed_pattern", "model.ffn.activation", "model.inputs",
     "model.weights", "model.neurons", "model.residuals", "model.init", "model.remat", "model.positions.rope.scaling",
-    "optimizer.name", "optimizer.arguments", "optimizer.train", "evaluate.corruptions",
+    "model.attention.cache_format", "optimizer.name", "optimizer.arguments", "optimizer.train", "evaluate.corruptions",
 )
 # Fields of a pretrained model that a run may set otherwise: methods, and how the same sums are computed.
 INIT_MAY_CHANGE = (
     "inputs", "weights", "neurons", "residuals", "ffn.activation", "dtype", "residual_dtype", "scan", "unroll", "remat",
-    "attention.backend",
+    "attention.backend", "attention.cache_format",
 )
 INIT_TOKENIZER = "init"
 
@@ -253,8 +253,21 @@ def check_model(model: ModelConfig) -> None:
     check(norm.kind != "none" or model.block not in ("post", "sandwich"), "model.block", model.block, "norm.kind is 'none'")
     check(a.qk_norm or a.qk_norm_over == "head", "model.attention.qk_norm_over", a.qk_norm_over, "qk_norm is False")
     Init.parse(model.init)
+    check_cache(model)
     _check_head(model)
     _check_kind(model)
+
+
+def check_cache(model: ModelConfig) -> None:
+    """Raise a ConfigError unless keys and values can be kept as `model.attention.cache_format` says."""
+    text = model.attention.cache_format
+    if text == "dense":
+        return
+    from sparsejax.layers.cache import cache_format  # imports all of attention; most configs do not ask
+
+    check(model.kind in ("decoder", "encoder_decoder"), "model.attention.cache_format", text,
+          f"model.kind {model.kind!r} keeps no keys and values")
+    cache_format(text, model.attention.head_dim)
 
 
 def _check_head(model: ModelConfig) -> None:

@@ -118,6 +118,16 @@ def test_decoding_by_gathered_rows_gives_what_multiplying_zeros_gives(tiny_every
         run(*asked, "--executor=gather")
 
 
+def test_a_cache_of_few_bits_is_asked_for_by_name_and_its_bytes_are_told(capsys):
+    asked = ["--model=tiny", "--prompt=Once", "--max-new-tokens=3"]
+    found = run(*asked, "--cache-format=int4:asym,token,zero=min,scale=f16")
+    # 256 slots, two layers, keys and values: 8 codes of half a byte, a scale and a minimum of two.
+    assert found["speed"]["cache_bytes"] == 256 * 2 * 2 * (4 + 4) and "0.01 MB of cache" in capsys.readouterr().err
+    assert found["cache_format"] == "int4:asym,token,zero=min,scale=f16"
+    with pytest.raises(ConfigError, match="--cache-format: .*granularity = 'channel'"):
+        run(*asked, "--cache-format=int4")
+
+
 def test_a_stop_string_ends_the_text_before_it():
     whole = tokens_of(run("--model=tiny", "--prompt=Once", "--max-new-tokens=40"))[0]
     middle = next(c for c in whole[3:] if c not in whole[:3])

@@ -109,16 +109,16 @@ def quality(report: Mapping[str, Any]) -> Table:
 def cost(report: Mapping[str, Any]) -> Table:
     """Bytes, speed, and what the compression took."""
     heads = [
-        "", "MB per token", "relative bytes", "extra MB", "zeros in weights", "ideal speed-up", "decode tokens/s",
+        "", "MB per token", "relative bytes", "extra MB", "cache kB", "zeros in weights", "ideal speed-up", "decode tokens/s",
         "measured speed-up", "seconds to compress", "peak GiB", "tier", "calibration",
     ]  # fmt: skip
     cells = []
     for row in report["rows"]:
         used, decode, spent = row["bytes"], row.get("decode"), row.get("cost") or {}
-        peak = spent.get("peak_bytes")
+        peak, cache = spent.get("peak_bytes"), used.get("cache")  # reports of before caches had formats lack it
         cells.append([
             row["label"], f"{used['per_token'] / 1e6:.1f}", f"{used['relative']:.3f}", f"{used['extra'] / 1e6:.2f}",
-            percent(row["weight_zeros"]), f"{row['ideal_speedup']:.2f}x",
+            number(cache and cache / 1e3, "{:.2f}"), percent(row["weight_zeros"]), f"{row['ideal_speedup']:.2f}x",
             number(decode and decode["tokens_per_second"], "{:.1f}"), number(speedup(row, report["rows"][0]), "{:.2f}x"),
             number(spent.get("seconds"), "{:.0f}"), number(peak and peak / 2**30, "{:.2f}"), row.get("tier", MISSING),
             row.get("calibration", {}).get("sha256", MISSING)[:12],
@@ -155,8 +155,9 @@ def footnotes(report: Mapping[str, Any]) -> list[str]:
         f"keep_first {protocol['keep_first']}; {'; '.join(parts)}.",
         "Model sparsity: share of the weights of the blocks' linear maps that a token does not need, as realised on these "
         "texts (embedding, head and norms out of it). +- are standard errors over windows; differences are paired by window.",
-        "Bytes per token: everything read to decode one token, head, adapters and fitted arrays in, KV cache out. Ideal "
-        "speed-up is dense bytes over these: the bound of batch-1 decoding on memory.",
+        "Bytes per token: everything read to decode one token, head, adapters and fitted arrays in, KV cache out; cache: "
+        "what each token of the context adds to that. Ideal speed-up is dense bytes over bytes without a cache: the bound of "
+        "batch-1 decoding on memory.",
     ]
     timed = [(row["decode"], row.get("device")) for row in rows if row.get("decode")]
     speeds = {(decode["executor"], device, decode["new_tokens"]) for decode, device in timed}

@@ -34,6 +34,7 @@ from sparsejax.evaluate.scope import Scope
 from sparsejax.io import model_folder
 from sparsejax.io.load import config_of, load
 from sparsejax.io.model import Model
+from sparsejax.models.serving import cache_bytes
 from sparsejax.models.sizes import parameter_counts
 from sparsejax.plugs import ConfigError, check
 
@@ -345,7 +346,7 @@ def _dense_row(model: Model, found: dict[str, Any]) -> dict[str, Any]:
     return {
         "method": "dense", "label": "dense", "requested": 0.0, "results": found["results"],
         "sparsity": measure.realised(model, found).describe(), "weight_zeros": accounting.weight_zeros(model),
-        "bytes": {"per_token": total, "relative": 1.0, "extra": 0.0}, "ideal_speedup": 1.0,
+        "bytes": {"per_token": total, "relative": 1.0, "extra": 0.0, "cache": cache_bytes(model.config)}, "ideal_speedup": 1.0,
     }  # fmt: skip
 
 
@@ -366,7 +367,10 @@ def _compressed_row(
         "results": results,
         "sparsity": realised.describe(),
         "weight_zeros": accounting.weight_zeros(compressed),
-        "bytes": {"per_token": after.total, "relative": after.total / before.total, "extra": after.extra},
+        "bytes": {
+            "per_token": after.total, "relative": after.total / before.total, "extra": after.extra,
+            "cache": cache_bytes(compressed.config),
+        },
         "ideal_speedup": before.total / after.total,
         "tier": request.tier,
         "recipe": request.recipe,

@@ -56,10 +56,10 @@ class Params(NamedTuple):
     memory_segment_ids: Any = None
 
 
-def decoder(structure: Structure, cache_format: str = "dense", executor: str = "masked") -> Decoder:
+def decoder(structure: Structure, executor: str = "masked") -> Decoder:
     """The Transformer of `structure` as a Decoder whose params are `Params`.
 
-    cache_format: a spec of registry kind "cache". executor: of sparse products while decoding, one of `arrays.EXECUTORS`.
+    executor: of sparse products while decoding, one of `arrays.EXECUTORS`.
     """
     check_choice("executor", executor, EXECUTORS)
 
@@ -72,9 +72,7 @@ def decoder(structure: Structure, cache_format: str = "dense", executor: str = "
         return model.logits(h[:, -1]), cache
 
     def empty_cache(batch: int, length: int) -> Any:
-        return nnx_compat.merge(structure, structure.map(lambda weight: weight.get_value())).empty_cache(
-            batch, length, cache_format
-        )
+        return nnx_compat.merge(structure, structure.map(lambda weight: weight.get_value())).empty_cache(batch, length)
 
     return Decoder(apply, empty_cache)
 

@@ -30,7 +30,6 @@ class TextGenerator:
         *,
         serving: bool = True,
         consume: bool = False,
-        cache_format: str = "dense",
         executor: str = "masked",
     ):
         """Prepare a model.
@@ -39,7 +38,6 @@ class TextGenerator:
           model: that predicts the next token.
           serving: whether its weights are laid out anew for decoding.
           consume: whether they may be taken from the model, which cannot be used afterwards, so that memory never holds both.
-          cache_format: a spec of registry kind "cache".
           executor: of sparse products while decoding, one of `arrays.EXECUTORS`.
         """
         where = f"--model = {model.name!r}"
@@ -52,7 +50,7 @@ class TextGenerator:
         self.structure, self.values = model.structure, model.values
         if serving:
             self.structure, self.values = serving_form(model.structure, model.values, consume=consume)
-        self.decoder = decoder(self.structure, cache_format, executor)
+        self.decoder = decoder(self.structure, executor)
 
     @property
     def ends(self) -> list[int]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsejax.context import Context, Stat, merge_stats
-from sparsejax.layers.cache import Keys, KVCache, empty_cache
+from sparsejax.layers.cache import Dense, Keys, KVCache, cache_format, empty_cache
 from sparsejax.layers.fused import Fused
 from sparsejax.layers.linear import Init, Linear
 from sparsejax.layers.norm import Norm
@@ -37,6 +37,8 @@ class Attention(Module):
         self.heads, self.kv_heads, self.head_dim = a.num_heads, a.num_kv_heads, a.head_dim
         self.window = a.window if kind == "local" else 0
         self.softcap, self.backend = a.softcap, a.backend
+        # What is computed anew for every token (cross-attention's keys) or never kept (an encoder's) is in no cache.
+        self.cache_format = cache_format(a.cache_format) if causal and kind != "cross" else Dense()
         self.scale = a.scale or a.head_dim**-0.5
         self.rotary = config.positions.kind == "rope" and kind != "cross"
         self.relative = config.positions.kind == "relative" and kind != "cross"
@@ -70,6 +72,7 @@ class Attention(Module):
             cache = cache.append(k, v, ctx.positions, ctx.segment_ids)
         if cache is None or self.kind == "cross" or ctx.mode == "prefill":
             visible = self._visible(ctx)
+            k, v = self.cache_format.as_read(k, v)
             out = attend(q, k, v, scale=self.scale, softcap=self.softcap, bias=bias, backend=self.backend, **visible)
             stats = self._entropy(q, k, bias, visible, ctx)
         else:
@@ -81,11 +84,11 @@ class Attention(Module):
         y, left = self.o.measured(out, ctx, f"{self.part}.o")
         return y, merge_stats(entered, stats, ctx.measure("attn.out", out), left), cache
 
-    def empty_cache(self, batch: int, length: int, dtype: Any, format_spec: str) -> KVCache:
+    def empty_cache(self, batch: int, length: int, dtype: Any) -> KVCache:
         """This layer's cache for `length` tokens; a local layer keeps about its window."""
         window = self.window if self.causal else 0
         shape = dict(heads=self.kv_heads, head_dim=self.head_dim)
-        return empty_cache(format_spec, batch, length, **shape, dtype=dtype, window=window)
+        return empty_cache(self.cache_format, batch, length, **shape, dtype=dtype, window=window)
 
     def _project(self, x: Array, ctx: Context) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
         """Queries of x, keys and values of x or of the memory, [B, T, heads, K]; and what was measured of what entered."""

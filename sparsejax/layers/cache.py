@@ -1,13 +1,15 @@
 """The key-value cache of one attention layer: how new keys are kept, which are attended to, and what memory that reads.
 
-A cache grows by `append` and is read through its format, a spec of registry kind "cache":
+A cache grows by `append` and is read through its format, `model.attention.cache_format`:
 
     encode(k, v)                 what is stored of new keys and values (a quantized format packs them here)
-    decode(store)                the keys and values that stored arrays stand for
+    decode(store, head)          the keys and values that stored arrays stand for
+    as_read(k, v)                both at once: what queries see of keys and values that were stored
     select(q, cache, attend)     the result of attend(keys) over the keys it chooses (sparse attention chooses fewer)
 
 so that a format or a sparse selection is one small class and no attention layer knows of it. Stored arrays have slots on
-axis 2: a head's keys lie together, which is the order in which attention reads them.
+axis 2: a head's keys lie together, which is the order in which attention reads them. Attention that fills no cache (a text that
+is scored, a training step) reads its keys by `as_read`, so that a model computes the same whichever way it is run.
 """
 
 from __future__ import annotations
@@ -23,9 +25,15 @@ from jaxtyping import Array, Float, Int
 
 from sparsejax import plugs
 from sparsejax.ops.attend import trace_platform
+from sparsejax.ops.formats.grids import ELEMENTS, LOGARITHMS
+from sparsejax.ops.formats.quantize import fake
+from sparsejax.ops.formats.spec import PUBLISHED, FormatSpec
+from sparsejax.plugs import check
+from sparsejax.quantized_arrays import QTensor, qtensor
 
 Store = dict[str, Array]
 
+_PARTS = ("codes", "scale", "zero")  # of a QTensor that is stored
 RING_ALIGNMENT = 64  # a ring holds its window rounded up to this
 SHORTEST_READ = 256  # slots read: the first of 256, 512, 1024, ... that covers what is filled
 
@@ -39,12 +47,21 @@ class Keys(NamedTuple):
     segment_ids: Array
 
 
+class Head(NamedTuple):
+    """What stored arrays do not tell: numbers K of a key, and the dtype in which keys are computed with."""
+
+    size: int
+    dtype: Any
+
+
 class CacheFormat(Protocol):
     """See the module's docstring."""
 
     def encode(self, k: Float[Array, "B G T K"], v: Float[Array, "B G T K"]) -> Store: ...
 
-    def decode(self, store: Store) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]]: ...
+    def decode(self, store: Store, head: Head) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]]: ...
+
+    def as_read(self, k: Float[Array, "B T G K"], v: Float[Array, "B T G K"]) -> tuple[Array, Array]: ...
 
     def select(self, q: Float[Array, "B T H K"], cache: KVCache, attend: Callable[[Keys], Array]) -> Array: ...
 
@@ -57,17 +74,78 @@ class Dense:
     def encode(self, k: Array, v: Array) -> Store:
         return {"k": k, "v": v}
 
-    def decode(self, store: Store) -> tuple[Array, Array]:
+    def decode(self, store: Store, head: Head) -> tuple[Array, Array]:
         return store["k"], store["v"]
+
+    def as_read(self, k: Array, v: Array) -> tuple[Array, Array]:
+        return k, v
 
     def select(self, q: Array, cache: KVCache, attend: Callable[[Keys], Array]) -> Array:
         return over_filled(cache, attend)
 
 
+@dataclass(frozen=True)
+class Quantized(Dense):
+    """Keys and values in a number format, each token of each head by itself, packed at the true bits.
+
+    The store has for `k` and `v` the arrays of a QTensor: `k.codes` [B, G, S, bytes], `k.scale` [B, G, S, groups], `k.zero`.
+    """
+
+    spec: FormatSpec
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        own = spec.granularity == "token" or (spec.granularity == "group" and spec.axis == -1)
+        check(own, "granularity", spec.granularity, "shares scales among tokens, and a cache grows by one token at a time; "
+              "allowed are token, and group=SIZE,axis=-1 along a head")  # fmt: skip
+        check(spec.second == "none", "second", spec.second, "needs all tokens at once; allowed is none")
+        check(not spec.static, "static", True, "keys and values have no calibrated scales; leave it out")
+        check(spec.rounding != "stochastic", "round", spec.rounding, "needs random numbers; allowed are even, away, half_up")
+        check(spec.element not in LOGARITHMS, "element", spec.element, "has no negative numbers, keys and values have")
+
+    def encode(self, k: Array, v: Array) -> Store:
+        tensors = {"k": qtensor(k, self.spec), "v": qtensor(v, self.spec)}
+        parts = ((f"{name}.{part}", getattr(tensor, part)) for name, tensor in tensors.items() for part in _PARTS)
+        return {name: array for name, array in parts if array is not None}
+
+    def decode(self, store: Store, head: Head) -> tuple[Array, Array]:
+        return self._restored(store, "k", head), self._restored(store, "v", head)
+
+    def _restored(self, store: Store, name: str, head: Head) -> Array:
+        codes, scale, zero = (store.get(f"{name}.{part}") for part in _PARTS)
+        assert codes is not None and scale is not None
+        return QTensor(codes, scale, self.spec, (codes.shape[-2], head.size), head.dtype, zero).dequantize()
+
+    def as_read(self, k: Array, v: Array) -> tuple[Array, Array]:
+        return fake(k, self.spec), fake(v, self.spec)  # scales lie along the last axis: [T, G] before it or [G, T] is the same
+
+
+def cache_format(text: str, head_dim: int = 0, field: str = "model.attention.cache_format") -> CacheFormat:
+    """The format that a config names: a number format (`ops.formats.spec`) or a spec of registry kind "cache", e.g. "dense".
+
+    Args:
+      text: e.g. "int4:asym,token,zero=min" or "int8:asym,group=32,axis=-1".
+      head_dim: K, which groups must divide unless they are ragged; 0: not known yet.
+      field: where it was found, for messages.
+    Raises:
+      ConfigError: no such format, or one whose scales belong to several tokens.
+    """
+    if str(text).strip().partition(":")[0] not in (*ELEMENTS, *PUBLISHED):
+        return plugs.resolve("cache", text, field)
+    spec = FormatSpec.parse(text, field)
+    try:
+        form = Quantized(spec)
+        if head_dim:
+            spec.block((1, head_dim))
+    except plugs.ConfigError as error:
+        raise plugs.ConfigError(f"{field} = {text!r}: {error}") from error
+    return form
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["store", "positions", "segment_ids", "length"],
-    meta_fields=["format", "window"],
+    meta_fields=["format", "head", "window"],
 )
 @dataclass
 class KVCache:
@@ -83,6 +161,7 @@ class KVCache:
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
     format: Any
+    head: Head
     window: int
 
     @property
@@ -111,13 +190,14 @@ class KVCache:
             segment_ids=write(self.segment_ids, segments, axis=1),
             length=self.length + count,
             format=self.format,
+            head=self.head,
             window=self.window,
         )
 
     def read(self, slots: int) -> Keys:
         """The first `slots` slots, decoded."""
         part = {name: jax.lax.slice_in_dim(array, 0, slots, axis=2) for name, array in self.store.items()}
-        k, v = self.format.decode(part)
+        k, v = self.format.decode(part, self.head)
         return Keys(k, v, self.positions[:, :slots], self.segment_ids[:, :slots])
 
     def attend(self, q: Float[Array, "B T H K"], attend: Callable[[Keys], Array]) -> Array:
@@ -135,18 +215,15 @@ class KVCache:
 
 
 def empty_cache(
-    format_spec: str, batch: int, length: int, *, heads: int, head_dim: int, dtype: Any, window: int = 0
+    form: CacheFormat, batch: int, length: int, *, heads: int, head_dim: int, dtype: Any, window: int = 0
 ) -> KVCache:
     """A cache with room for `length` tokens (for at least `window` of them where that is not 0).
 
     Args:
-      format_spec: a spec of registry kind "cache", e.g. "dense".
+      form: how keys and values are stored, see `cache_format`.
       heads, head_dim: G and K of the layer's keys.
       dtype: in which keys and values are computed.
-    Raises:
-      ConfigError: unknown format.
     """
-    form = plugs.resolve("cache", format_spec, "cache format")
     ring = -(-window // RING_ALIGNMENT) * RING_ALIGNMENT
     wraps = 0 < ring < length
     slots = ring if wraps else length
@@ -159,8 +236,15 @@ def empty_cache(
         segment_ids=empty,
         length=jnp.zeros((), jnp.int32),
         format=form,
+        head=Head(head_dim, jnp.dtype(dtype)),
         window=window if wraps else 0,
     )
+
+
+def token_bytes(form: CacheFormat, *, heads: int, head_dim: int, dtype: Any) -> int:
+    """Bytes that one more token adds to a layer's cache, scales and fill included; positions and segments are not counted."""
+    token = jax.ShapeDtypeStruct((1, heads, 1, head_dim), dtype)
+    return sum(array.size * array.dtype.itemsize for array in jax.eval_shape(form.encode, token, token).values())
 
 
 def over_filled(cache: KVCache, attend: Callable[[Keys], Array]) -> Array:

@@ -133,12 +133,12 @@ class Stack(Module):
         h, (stats, kept) = body(h, (jax.tree.map(lambda a: a[0], slots), jnp.asarray(layers[0]), cache))
         return h, jax.tree.map(lambda a: a[None], stats), kept
 
-    def empty_cache(self, batch: int, length: int, dtype: Any, format_spec: str) -> dict[str, Any]:
+    def empty_cache(self, batch: int, length: int, dtype: Any) -> dict[str, Any]:
         """Caches without a token, with room for `length` of them; stacked as the blocks are where a segment repeats."""
         caches: dict[str, Any] = {}
         for index, (period, repeats) in enumerate(self.plan):
             slots = self.segments[str(index)]
-            ones = {str(s): slots[str(s)].attn.empty_cache(batch, length, dtype, format_spec) for s in range(period)}
+            ones = {str(s): slots[str(s)].attn.empty_cache(batch, length, dtype) for s in range(period)}
             stacked = jax.tree.map(lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape)), ones)
             caches[str(index)] = stacked if repeats > 1 else ones
         return caches

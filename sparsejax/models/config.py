@@ -32,6 +32,7 @@ class AttentionConfig:
     softcap: float = 0.0  # 0: off
     window: int = 0  # keys seen by a "local" layer, itself included
     backend: str = "auto"  # auto | blocked | xla | cudnn
+    cache_format: str = "dense"  # how keys and values are kept: a number format, "int4:asym,token,zero=min", or dense
 
 
 @dataclass

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import nnx_compat
+from sparsejax.layers.cache import cache_format, token_bytes
 from sparsejax.layers.fused import Fused, can_fuse
 from sparsejax.layers.linear import Linear
 from sparsejax.layers.stack import Stack
+from sparsejax.models.config import ModelConfig
 from sparsejax.models.transformer import Transformer
 from sparsejax.nnx_compat import Structure
 from sparsejax.ops.attend import trace_platform
@@ -54,6 +56,14 @@ def read_bytes(structure: Structure, values: dict[str, Any]) -> int:
             looked_up += _bytes(table.get_value())
     encoder = 0 if model.encoder is None else _bytes(nnx_compat.split(model.encoder)[1])
     return _bytes(values) - looked_up - encoder
+
+
+def cache_bytes(config: ModelConfig) -> int:
+    """Bytes that a token adds to the key-value caches of all layers, scales included: what each later token reads of it (in
+    layers of a sliding window only while it is inside)."""
+    a = config.attention
+    form = cache_format(a.cache_format, a.head_dim)
+    return config.num_layers * token_bytes(form, heads=a.num_kv_heads, head_dim=a.head_dim, dtype=jnp.dtype(config.dtype))
 
 
 def _bytes(tree: Any) -> int:

@@ -115,9 +115,9 @@ class Transformer(Module):
             cap = config.head_softcap
             return cap * jnp.tanh(logits / cap) if cap else logits
 
-    def empty_cache(self, batch: int, length: int, format_spec: str = "dense") -> dict[str, Any]:
-        """A key-value cache without a token and with room for `length`, in a format of registry kind "cache"."""
-        return self.blocks.empty_cache(batch, length, jnp.dtype(self.config.value.dtype), format_spec)
+    def empty_cache(self, batch: int, length: int) -> dict[str, Any]:
+        """A key-value cache without a token and with room for `length`, in the format of `model.attention.cache_format`."""
+        return self.blocks.empty_cache(batch, length, jnp.dtype(self.config.value.dtype))
 
     def blocks_bias(self) -> Any:
         return None if self.relative_bias is None else self.relative_bias.get_value()

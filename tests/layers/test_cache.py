@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparsejax import nnx_compat
 from sparsejax.context import Context
-from sparsejax.layers.cache import Dense, KVCache, empty_cache, over_filled, read_sizes
+from sparsejax.layers.cache import Dense, KVCache, cache_format, empty_cache, over_filled, read_sizes
 from sparsejax.models.config import AttentionConfig, FFNConfig, ModelConfig, NormConfig, PositionConfig, RopeConfig
 from sparsejax.models.serving import read_bytes, serving_form
 from sparsejax.models.transformer import Transformer
@@ -23,8 +24,8 @@ from sparsejax.plugs import ConfigError, register
 VOCAB, LENGTH = 40, 80  # longer than the ring of a window of 5
 
 
-def model(seed=0, **changes):
-    base = dict(
+def config(**changes):
+    base: dict[str, Any] = dict(
         num_layers=3,
         d_model=16,
         vocab_size=VOCAB,
@@ -33,8 +34,11 @@ def model(seed=0, **changes):
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
         ffn=FFNConfig(hidden=24, activation="swiglu"),
     )
-    built = Transformer(ModelConfig(**{**base, **changes}), jax.random.key(seed))
-    structure, values = nnx_compat.split(built)
+    return ModelConfig(**{**base, **changes})
+
+
+def model(seed=0, **changes):
+    structure, values = nnx_compat.split(Transformer(config(**changes), jax.random.key(seed)))
     # Fan-in embeddings are so small that attention would hardly look at anything.
     return structure, jax.tree.map(lambda a: a * 2 if a.ndim >= 2 else a, values)
 
@@ -55,7 +59,9 @@ MODELS = {
         attention=AttentionConfig(**HEADS, window=5, qk_norm=True),
         positions=PositionConfig(rope=RopeConfig(theta=1e6, local_theta=1e4, scaling="linear:8")),
     ),
-    "every layer local": dict(attention_pattern=("local",), attention=AttentionConfig(**HEADS, window=7)),
+    "every layer local, int4 keys": dict(
+        attention_pattern=("local",), attention=AttentionConfig(**HEADS, window=7, cache_format="int4:asym,token,zero=min")
+    ),
     "encoder-decoder": dict(kind="encoder_decoder", encoder_layers=2, positions=PositionConfig("relative")),
 }
 
@@ -164,7 +170,7 @@ def test_bytes_read_count_the_tied_table_once_and_rows_looked_up_not_at_all():
 )
 def test_after_any_appends_the_last_tokens_are_held_each_once(window, counts):
     total = sum(counts)
-    cache = empty_cache("dense", 1, total, heads=2, head_dim=3, dtype=jnp.float32, window=window)
+    cache = empty_cache(Dense(), 1, total, heads=2, head_dim=3, dtype=jnp.float32, window=window)
     numbers = np.arange(1, total + 1)
     start = 0
     for count in counts:
@@ -182,7 +188,7 @@ def test_after_any_appends_the_last_tokens_are_held_each_once(window, counts):
 
 
 def test_a_ring_refuses_more_tokens_at_once_than_it_can_still_show():
-    cache = empty_cache("dense", 1, 200, heads=1, head_dim=2, dtype=jnp.float32, window=60)
+    cache = empty_cache(Dense(), 1, 200, heads=1, head_dim=2, dtype=jnp.float32, window=60)
     q = jnp.zeros((1, 6, 1, 2))
     with pytest.raises(ValueError, match="6 tokens at once: a ring of 64 slots with a window of 60 decodes at most 5"):
         cache.attend(q, lambda keys: keys.k)
@@ -209,7 +215,7 @@ def test_several_tokens_decode_at_once_against_a_filled_cache():
 
 def test_only_the_filled_prefix_is_read_and_none_of_it_is_missed():
     assert read_sizes(100) == [100] and read_sizes(256) == [256] and read_sizes(3000) == [256, 512, 1024, 2048, 3000]
-    cache = empty_cache("dense", 1, 3000, heads=1, head_dim=1, dtype=jnp.float32)
+    cache = empty_cache(Dense(), 1, 3000, heads=1, head_dim=1, dtype=jnp.float32)
     for filled, read in ((0, 256), (256, 256), (257, 512), (1024, 1024), (2049, 3000), (3000, 3000)):
         seen = over_filled(dataclasses.replace(cache, length=jnp.int32(filled)), lambda keys: jnp.int32(keys.k.shape[2]))
         assert int(seen) == read
@@ -248,8 +254,8 @@ class Halves(Dense):
     def encode(self, k, v):
         return {"kv": jnp.stack([k, v], -1).astype(jnp.float16)}
 
-    def decode(self, store):
-        return store["kv"][..., 0].astype(jnp.float32), store["kv"][..., 1].astype(jnp.float32)
+    def decode(self, store, head):
+        return store["kv"][..., 0].astype(head.dtype), store["kv"][..., 1].astype(head.dtype)
 
     def select(self, q, cache: KVCache, attend):
         keys = cache.read(cache.slots)
@@ -258,18 +264,20 @@ class Halves(Dense):
 
 
 def test_a_format_and_a_selection_plug_in_by_name():
-    structure, values = model()
+    _, values = model()
     tokens = sequences(10)
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(values, spec):
+        attention = AttentionConfig(**HEADS, cache_format=spec)
+        structure = nnx_compat.abstract(lambda: Transformer(config(attention=attention), jax.random.key(0)))[0]
         transformer = nnx_compat.merge(structure, values)
-        cache = transformer.empty_cache(2, 10, spec)
+        cache = transformer.empty_cache(2, 10)
         h, _, cache = transformer.features({"tokens": tokens[:, :9]}, Context(mode="prefill"), cache)
         batch = {"tokens": tokens[:, 9:], "positions": jnp.full((2, 1), 9)}
         return transformer.features(batch, Context(mode="decode"), cache)[0]
 
     dense, near, short = (run(values, spec) for spec in ("dense", "test_halves:recent=10", "test_halves:recent=2"))
     assert 0 < np.abs(dense - near).max() < 1e-2 < np.abs(dense - short).max()
-    with pytest.raises(ConfigError, match="cache format: cache = 'dence'.*'dense'"):
-        nnx_compat.merge(structure, values).empty_cache(1, 4, "dence")
+    with pytest.raises(ConfigError, match="model.attention.cache_format: cache = 'dence'.*'dense'"):
+        cache_format("dence")

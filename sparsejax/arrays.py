@@ -1,9 +1,9 @@
 """Operand types, and the one `matmul` that chooses its kernel from them.
 
-x is an Array, a SparseActivation or a QuantizedActivation; w an Array, QTensor, NMSparse, LowRank, Sum or Residual. They nest:
+x is an Array, a SparseActivation, a QuantizedActivation or an OutlierActivation; w an Array, QTensor, NMSparse, LowRank, Sum or Residual. They nest:
 `SparseActivation.values` may be a QuantizedActivation, `Sum.base` a QTensor. A pair is looked up by its exact nested types;
 failing that the outer type is peeled by its defining identity (a SparseActivation is its values with zeros outside the mask, a
-Sum the sum of two products), then quantized operands are dequantized.
+Sum the sum of two products, an OutlierActivation the sum of its few columns and the rest), then quantized operands are dequantized.
 A SparseActivation says by which executor it wants to be multiplied: "masked" multiplies its zeros, "gathered" reads the rows of
 w that count (`kernels_pallas.sparse_gemv`), where there are few rows of x.
 Whatever pair is given, the result is the same up to the float tolerance of the executors.
@@ -97,6 +97,31 @@ class SparseActivation:
         return jnp.where(self.mask, values, 0)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "outliers", "columns"], meta_fields=[])
+@dataclasses.dataclass
+class OutlierActivation:
+    """A tensor of which a few columns stay floats: x = values, with `outliers` in place of its zeros at `columns`.
+
+    values: QuantizedActivation[..., in], zeros at the columns, which its scales do not count.
+    outliers: float[..., m]. columns: int32[m]; one of `in` or more names no column, and its outliers are zeros.
+    """
+
+    values: QuantizedActivation
+    outliers: Float[Array, "... m"]
+    columns: Int[Array, " m"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.values.dtype
+
+    def dequantize(self) -> Array:
+        return self.values.dequantize().at[..., self.columns].set(self.outliers, mode="drop")
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=[])
 @dataclasses.dataclass
 class LowRank:
@@ -168,7 +193,7 @@ def dense(x: Any) -> Array:
         return x.dense()
     if isinstance(x, NMSparse):
         return x.scattered(dense(x.values))
-    return x.dequantize() if isinstance(x, QuantizedActivation | QTensor) else x
+    return x.dequantize() if isinstance(x, QuantizedActivation | OutlierActivation | QTensor) else x
 
 
 @jax.custom_vjp
@@ -220,7 +245,8 @@ def kind(operand: Any) -> str:
         return f"NMSparse[{kind(operand.values)}]"
     if isinstance(operand, QTensor) and not operand.spec.multiplies_as_integers:
         return f"QTensor[{operand.spec}]"
-    return type(operand).__name__ if isinstance(operand, QuantizedActivation | QTensor | LowRank | Sum | Residual) else "Array"
+    named = QuantizedActivation | OutlierActivation | QTensor | LowRank | Sum | Residual
+    return type(operand).__name__ if isinstance(operand, named) else "Array"
 
 
 def _dispatch(x: Any, w: Any, groups: Any, out_dtype: Any) -> Array:
@@ -229,6 +255,8 @@ def _dispatch(x: Any, w: Any, groups: Any, out_dtype: Any) -> Array:
         return kernel(x, w, groups, out_dtype)
     if isinstance(w, LowRank | Sum | Residual):
         return _composed(x, w, groups, out_dtype)
+    if isinstance(x, OutlierActivation):
+        return _with_outliers(x, w, groups, out_dtype)
     if _reads_rows(x, w, groups):
         return _stored_product(out_dtype or x.dtype, x, w)
     _log_reference(kind(x), kind(w))
@@ -270,6 +298,21 @@ def _composed(x: Any, w: LowRank | Sum | Residual, groups: Any, out_dtype: Any) 
     if w.dropped is None:
         return y
     return y + product(jnp.where(x.mask, 0, values - mean), w.dropped)
+
+
+def _with_outliers(x: OutlierActivation, w: Any, groups: Any, out_dtype: Any) -> Array:
+    """Two products: integers of all columns but a few, and floats of these."""
+    product = functools.partial(matmul, groups=groups, out_dtype=jnp.float32)
+    y = product(x.values, w) + product(x.outliers, _at_inputs(w, x.columns))
+    return y.astype(out_dtype or x.dtype)
+
+
+def _at_inputs(w: Any, columns: Int[Array, " m"]) -> Any:
+    """The weight [..., m, out] of some inputs only; any rows stand for inputs that there are not."""
+    if isinstance(w, QTensor) and w.spec.granularity in ("channel", "tensor"):  # scales that all inputs share
+        codes = jnp.take(w.codes, columns, axis=-2, mode="clip")
+        return dataclasses.replace(w, codes=codes, shape=(len(columns), w.shape[1]))
+    return jnp.take(dense(w), columns, axis=-2, mode="clip")
 
 
 @functools.cache
@@ -425,7 +468,7 @@ _KERNELS: dict[tuple[str, str], Callable[..., Array]] = {
 
 
 def _surrogate(operand: Any) -> Any:
-    if isinstance(operand, SparseActivation):
+    if isinstance(operand, SparseActivation | OutlierActivation):
         return _surrogate(operand.values)
     return operand.surrogate if isinstance(operand, QuantizedActivation | QTensor) else None
 
@@ -439,7 +482,7 @@ def _differentiable(operand: Any) -> Array:
 
 
 def _without_surrogate(operand: Any) -> Any:
-    if isinstance(operand, SparseActivation):
+    if isinstance(operand, SparseActivation | OutlierActivation):
         return dataclasses.replace(operand, values=_without_surrogate(operand.values))
     if isinstance(operand, QuantizedActivation | QTensor):
         return dataclasses.replace(operand, surrogate=None)

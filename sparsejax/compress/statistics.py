@@ -62,6 +62,24 @@ def second_moment(x: Any, skip_first: int = 0) -> np.ndarray:
     return rows.T @ rows / len(rows)
 
 
+def largest_by_channel(
+    blocks: Blocks, layer: int, streams: Sequence[Any], tensors: Sequence[str], skip_first: int = 0
+) -> dict[str, np.ndarray]:
+    """max |x_k| over tokens, float32 [in], of tensors of a block.
+
+    Args:
+      streams: what enters the block, float[B, T, D] each.
+      tensors: block-local, e.g. "attn.q" (`tensor_of`).
+      skip_first: tokens of each sequence that are left out.
+    """
+    found: dict[str, np.ndarray] = {}
+    for h in streams:
+        for tensor, x in blocks.entering(layer, h, *tensors).items():
+            here = np.abs(np.asarray(x, np.float32)[:, skip_first:]).max((0, 1))
+            found[tensor] = np.maximum(found[tensor], here) if tensor in found else here
+    return found
+
+
 def tensor_of(site: str) -> str:
     """The tensor, by the first map that reads it, that enters a block-local map: "attn.q" for "attn.v", see `INPUTS`."""
     return next((tensor for tensor, maps in (INPUTS | EXPERT_INPUTS).items() if site in maps), site)

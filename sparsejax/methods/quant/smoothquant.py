@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -28,7 +27,7 @@ from sparsejax.compress.calibration import Calibration
 from sparsejax.compress.packed import check_kernels, float_kernel
 from sparsejax.compress.recipe import WEIGHTS, Pass, Tier, Work
 from sparsejax.compress.scaling import Pair, merge_scales, note_equivalence, scaled_pairs
-from sparsejax.compress.statistics import tensor_of
+from sparsejax.compress.statistics import largest_by_channel, tensor_of
 from sparsejax.io.model import Model
 from sparsejax.methods.pruning.sequential import batches_of
 from sparsejax.models.config import ModelConfig
@@ -93,9 +92,5 @@ class SmoothQuant(Pass):
 def _largest(blocks: Blocks, layer: int, pairs: Sequence[Pair], streams: Sequence[Array], skip: int) -> dict[str, np.ndarray]:
     """max |x_k| of what each producer gives, by its site."""
     taps = {pair.producer: tensor_of(pair.readers[0].split(".", 2)[2]) for pair in pairs}
-    found = {producer: np.zeros(()) for producer in taps}
-    for h in streams:
-        _, tensors = blocks.tensors(layer, h, *taps.values())
-        for producer, tap in taps.items():
-            found[producer] = np.maximum(found[producer], np.asarray(jnp.max(jnp.abs(tensors[tap][:, skip:]), axis=(0, 1))))
-    return found
+    found = largest_by_channel(blocks, layer, streams, list(taps.values()), skip)
+    return {producer: found[tap] for producer, tap in taps.items()}

@@ -18,7 +18,7 @@ from sparsejax.ops.formats.scales import STORED, QParams
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import check
 
-_ARRAYS = ("codes", "scale", "zero", "second", "mean")
+_ARRAYS = ("codes", "scale", "zero", "second", "mean", "index")
 
 
 @functools.partial(
@@ -33,7 +33,7 @@ class QTensor:
     codes: [..., in, bytes of a row]: a row is one input channel, contiguous and packed by itself (`ops.formats.packing`), since
       products with few active inputs read whole rows of a kernel [in, out]. int8 for symmetric integers of 8 bits and FP8 for
       elements of that name, else uint8.
-    scale, zero, second, mean: of `ops.formats.scales.QParams`, integer zeros of fewer than 8 bits packed as codes are.
+    scale, zero, second, mean, index: of `ops.formats.scales.QParams`, integer zeros of fewer than 8 bits packed as codes are.
     spec: the format. shape: the trailing (in, out); what leads it comes from the arrays. dtype: of the weight it stands for.
     surrogate: while training, the float weight that receives the straight-through gradient; None when serving.
     """
@@ -47,6 +47,7 @@ class QTensor:
     second: Any = None
     mean: Any = None
     surrogate: Any = None
+    index: Any = None
 
     @property
     def ndim(self) -> int:
@@ -58,7 +59,7 @@ class QTensor:
         zero = self.zero
         if zero is not None and _packs_zeros(self.spec):
             zero = unpack_bits(zero, self.spec.bits, self.scale.shape[-1], signed=False)
-        return QParams(self.scale, zero, self.second, self.mean)
+        return QParams(self.scale, zero, self.second, self.mean, self.index)
 
     def unpacked(self) -> Array:
         """The codes, one to an element: those of `ops.formats.quantize.encode`."""
@@ -101,8 +102,10 @@ class QTensor:
             check(part is None or hasattr(part, "shape"), f"{field}.{name}", part, "expected an array")
         lead = () if self.codes is None else self.codes.shape[:-2]
         weight = jax.ShapeDtypeStruct((*lead, *self.shape), jnp.float32)
-        deterministic = dataclasses.replace(self.spec, rounding="even", static=False)
+        deterministic = dataclasses.replace(self.spec, rounding="even", static=False, indexed=False)
         wanted = jax.eval_shape(lambda w: qtensor(w, deterministic), weight)
+        if self.spec.indexed:
+            wanted.index = jax.ShapeDtypeStruct((*lead, self.shape[0], 1), jnp.uint16)
         for name in _ARRAYS:
             have, want = (_described(getattr(tensor, name)) for tensor in (self, wanted))
             check(have == want, f"{field}.{name}", have, f"{self.spec} of {self.shape} needs {want}")
@@ -117,6 +120,7 @@ def qtensor(
     *,
     parameters: QParams | None = None,
     within: Extent | None = None,
+    second: Float[Array, "*lead 1 1"] | None = None,
     key: Array | None = None,
 ) -> QTensor:
     """A weight in a number format.
@@ -124,11 +128,11 @@ def qtensor(
     Args:
       weight: float, of two axes or more.
       spec: the format.
-      parameters, within, key: as in `ops.formats.quantize.quantize`: scales that are given, extents that are, random numbers.
+      parameters, within, second, key: as in `ops.formats.quantize`: scales that are given, extents that are, G, random numbers.
     Raises:
       ConfigError: the format does not fit the shape, or it is static and nothing is given.
     """
-    codes, found = quantize(weight, spec, parameters=parameters, within=within, key=key)
+    codes, found = quantize(weight, spec, parameters=parameters, within=within, second=second, key=key)
     return packed(codes, found, spec, (weight.shape[-2], weight.shape[-1]), weight.dtype)
 
 
@@ -147,7 +151,8 @@ def packed(
     zero = parameters.zero
     if zero is not None and _packs_zeros(spec):
         zero = pack_bits(zero, spec.bits)
-    return QTensor(codes, parameters.scale, spec, shape, jnp.dtype(dtype), zero, parameters.second, parameters.mean)
+    optional: dict[str, Any] = dict(second=parameters.second, mean=parameters.mean, index=parameters.index)
+    return QTensor(codes, parameters.scale, spec, shape, jnp.dtype(dtype), zero, **optional)
 
 
 def fit_side_by_side(tensors: Sequence[QTensor]) -> bool:

@@ -27,8 +27,10 @@ def check_format(config: ModelConfig, sites: Iterable[str], spec: FormatSpec) ->
     """Refuse a format that weights of these sites cannot have.
 
     Raises:
-      ConfigError: scales that come from calibrated activations, or a last group that would not be full; names the site.
+      ConfigError: scales that come from calibrated activations, groups that only a solver can choose, or a last group that is
+        not full; names the site.
     """
+    check(not spec.indexed, "format", str(spec), "is indexed: gptq with order dynamic makes such groups of a format without it")
     check(not spec.static, "format", str(spec), "is static, which is for activations: the scales of weights are their own")
     shapes = rule_sites(config)["weights"]
     for site in sites:

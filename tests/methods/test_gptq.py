@@ -1,5 +1,6 @@
 """GPTQ against its card: the golden vector, the identity of the loss, order and blocks, and the pass on a tiny decoder."""
 
+import dataclasses
 import functools
 
 import jax
@@ -27,9 +28,10 @@ tiny_model = functools.cache(functools.partial(tiny.tiny_model, layers=2))
 TOKENS = np.random.default_rng(0).integers(0, 256, (8, 32), np.int32)
 GOLDEN_H = np.array([[23, 27, -2, -4], [27, 35, 5, 0], [-2, 5, 30, 22], [-4, 0, 22, 17]]) / 3
 GOLDEN_W = np.array([[1, -0.75, -1.25, -0.625], [-0.25, 1, -0.125, -1.25]], np.float32).T
-PASSES = [Gptq("int3:asym,group=16", "static", sites="blocks.*.mlp.*")]
+PASSES = [Gptq("int3:asym,group=16", "dynamic", sites="blocks.*.mlp.*")]
 FORMATS = ["int4", "int4:asym,group=8", "int3:asym,group=7,ragged=tail", "int4:group=7,ragged=pad", "nf4:group=4", "mxfp4",
            "nvfp4", "int4:group=2,axis=-1", "int8:block=4x2,ragged=tail"]  # fmt: skip
+SORTABLE = ("int4:asym,group=8", "int3:asym,group=7,ragged=tail", "nf4:group=4", "mxfp4", "nvfp4")
 
 
 def work(folder=None, tokens=TOKENS):
@@ -51,6 +53,21 @@ def solved(kernel, h, text, order="none", **options):
     return gptq(kernel, sweep_of(h, spec.block(kernel.shape)[0], order), spec, parameters=fixed, **options)
 
 
+@pytest.mark.parametrize("order", ["none", "static"])
+def test_scales_searched_by_the_hessian_lose_less_over_many_maps(order):
+    totals = dict.fromkeys(("absmax", "hessian"), 0.0)
+    spec = FormatSpec.parse("int2:asym,group=8")
+    for seed in range(4):
+        kernel, h = drawn(seed, outputs=16)
+        for scales in totals:
+            weights = np.diag(h).astype(np.float32) if scales == "hessian" else None
+            fixed = module.searched_parameters(kernel, None, weights, spec, scales) if order == "static" else None
+            found = gptq(kernel, sweep_of(h, 8, order), spec, parameters=fixed, scales=scales, weights=weights)
+            error = kernel - np.asarray(found.tensor.dequantize())
+            totals[scales] += np.sum(error * (h @ error))
+    assert totals["hessian"] < totals["absmax"], totals
+
+
 @pytest.mark.parametrize(
     ("order", "codes", "loss"),
     [("none", [[2, -1, -4, 0], [-1, 3, -1, -2]], 0.709203125), ("static", [[3, -2, -3, -1], [0, 2, 0, -3]], 0.390453125)],
@@ -64,8 +81,9 @@ def test_the_golden_vector_of_the_card(order, codes, loss):
         assert sweep_of(GOLDEN_H, 4, order).order.tolist() == [1, 2, 0, 3]
 
 
-@pytest.mark.parametrize("order", module.ORDERS)
-@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize(
+    ("text", "order"), [(text, order) for text in FORMATS for order in module.ORDERS if order != "dynamic" or text in SORTABLE]
+)
 def test_the_reported_loss_is_the_trace_under_the_damped_hessian(text, order):
     kernel, h = drawn(1)
     found = solved(kernel, h, text, order)
@@ -73,6 +91,26 @@ def test_the_reported_loss_is_the_trace_under_the_damped_hessian(text, order):
     damped = h + 0.01 * np.mean(np.diag(h)) * np.eye(len(h))
     assert found.loss == pytest.approx(np.trace(error.T @ damped @ error), rel=1e-9)
     found.tensor.check("tensor")
+
+
+def test_groups_of_the_dynamic_order_are_those_of_the_permuted_kernel():
+    kernel, h = drawn(3)
+    found = solved(kernel, h, "int3:asym,group=8", "dynamic")
+    order = np.argsort(-np.diag(h), kind="stable")
+    sorted_ = solved(kernel[order], h[np.ix_(order, order)], "int3:asym,group=8")
+    np.testing.assert_array_equal(np.asarray(found.tensor.dequantize())[order], sorted_.tensor.dequantize())
+    np.testing.assert_array_equal(np.asarray(found.tensor.index)[order, 0], np.arange(32) // 8)
+    assert found.loss == pytest.approx(sorted_.loss, rel=1e-9) and str(found.tensor.spec) == "int3:asym,group=8,indexed"
+    # Two bytes more for each input, and nothing else.
+    assert found.tensor.nbytes == sorted_.tensor.nbytes + 2 * 32
+
+
+def test_an_index_of_a_group_that_there_is_not_shows_as_nan():
+    tensor = solved(*drawn(3), "int3:asym,group=8", "dynamic").tensor
+    damaged = dataclasses.replace(tensor, index=tensor.index.at[5].set(9)).dequantize()
+    assert np.flatnonzero(np.isnan(damaged).any(1)).tolist() == [5]
+    with pytest.raises(ConfigError, match=r"tensor.index = None: int3:asym,group=8,indexed of \(32, 4\) needs"):
+        dataclasses.replace(tensor, index=None).check("tensor")
 
 
 def test_scales_that_are_quantized_together_are_those_of_the_original_weights():
@@ -142,7 +180,7 @@ def quantized():
     return run_recipe(PASSES, tiny_model(), using), using.notes["0-gptq"]
 
 
-def test_a_model_errs_less_than_rounded_to_nearest_at_the_same_bytes(quantized):
+def test_a_model_errs_less_than_rounded_to_nearest_at_the_same_bytes_and_an_index(quantized):
     model, note = quantized
     rounded = run_recipe([Rtn("int3:asym,group=16", sites="blocks.*.mlp.*")], tiny_model(), work())
 
@@ -155,7 +193,8 @@ def test_a_model_errs_less_than_rounded_to_nearest_at_the_same_bytes(quantized):
 
     assert error(model) < 0.8 * error(rounded)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(one.values)) for one in (model, rounded)]
-    assert sizes[0] == sizes[1] and note["bits_per_weight"] == pytest.approx(3 + (16 + 3) / 16, rel=0.02)
+    assert sizes[0] == sizes[1] + 2 * 2 * (32 + 32 + 64)
+    assert note["bits_per_weight"] == pytest.approx(3 + (16 + 3) / 16 + 16 * (32 + 32 + 64) / (3 * 32 * 64), rel=0.02)
     assert len(note["relative_loss_of"]) == 6 and all(0 < loss < 0.5 for loss in note["relative_loss_of"].values())
     assert not note["dead_inputs"] and not note["raised_damping_of"]
 
@@ -167,7 +206,7 @@ def test_every_map_is_fed_by_the_quantized_maps_before_it(quantized):
     h, _ = blocks.run(0, blocks.embed(TOKENS))
     x = np.asarray(blocks.tensors(1, h, *INPUTS)[1]["mlp.down"]).reshape(-1, 64).astype(np.float64)
     kernel = np.asarray(tiny_model().parameter("blocks.1.mlp.down.kernel"))
-    again = solved(kernel, x.T @ x / len(x), str(spec), "static").tensor
+    again = solved(kernel, x.T @ x / len(x), str(spec), "dynamic").tensor
     mine = model.parameter("blocks.1.mlp.down.kernel")
     assert np.mean(np.asarray(again.codes) == np.asarray(mine.codes)) > 0.99
 
@@ -205,6 +244,9 @@ def test_what_must_fail_is_refused_before_the_work():
         run_recipe([Gptq("int4")], model, work(tokens=TOKENS[:2, :20]))
     for passes, message in [
         ([Gptq("int4", "actorder")], "order = 'actorder': allowed are"),
+        ([Gptq("int4", "dynamic")], "order = 'dynamic': sorts inputs into groups, and int4 has none"),
+        ([Gptq("int4:group=16,indexed")], "leave indexed out"),
+        ([Rtn("int4:group=16,indexed")], "gptq with order dynamic makes such groups"),
         ([Gptq("int4:group=24")], r"blocks.0.attn.q \[32, 32\]: .*no multiple of 24"),
         ([Gptq("int4", damping=0.0)], "damping = 0.0: must be positive"),
         ([Gptq("int4:round=stochastic")], "rounds at random"),

@@ -61,6 +61,13 @@ def test_every_kernel_becomes_its_rounding_and_the_notes_tell_the_true_bytes(tex
     assert saved == note["bytes_before"] - note["bytes"]
 
 
+def test_searched_scales_bring_the_pass_closer_to_the_weights():
+    kernels = [run_recipe([Rtn("int3:asym,group=16", DOWN, scales=scales)], tiny_model(), work()).parameter(f"{DOWN}.kernel")
+               for scales in ("absmax", "mse")]  # fmt: skip
+    plain, searched = (np.abs(kernel.dequantize() - tiny_model().parameter(f"{DOWN}.kernel")) ** 2.4 for kernel in kernels)
+    assert searched.sum() < 0.97 * plain.sum() and kernels[0].spec == kernels[1].spec
+
+
 def test_the_folder_of_a_quantized_model_gives_the_same_bits(tmp_path):
     mixed = [Rtn("int4:asym,group=16", sites="blocks.0.mlp.*"), Rtn("nvfp4", sites="blocks.*.attn.{q,k}")]
     quantized = run_recipe(mixed, tiny_model(), work())

@@ -12,10 +12,13 @@ computed from its weights as compensated when the sweep reaches it. `order`, in 
     none     as they lie
     static   by falling diag H (published as act-order), with scales of the original weights: no index of groups is stored
     group    groups by the falling mean of their diag H, and so within each; scales as compensated. Nothing is stored either
+    dynamic  by falling diag H, and groups are of inputs that follow each other in that order, with scales as compensated: the
+             published act-order with groups. The group of each input is stored (`indexed` formats), its scales are gathered
 
 Published: damping .01, blocks of 128 (speed alone), 128 sequences of 2,048 tokens, order none; static for small models.
-Inputs that are always zero lose their weights (`dead_inputs` of the report). Where H cannot be factored the damping grows
-tenfold. Left out: act-order over dynamic groups, which stores an index of groups and gathers; the search for clipped scales.
+`scales` as in `ops.formats.clipping`: of the extremes (published default), or clipped by search (the released `mse`; by
+diag H). Inputs that are always zero lose their weights (`dead_inputs` of the report). Where H cannot be factored the damping
+grows tenfold.
 """
 
 from __future__ import annotations
@@ -38,13 +41,14 @@ from sparsejax.io.model import Model
 from sparsejax.methods.pruning.sequential import ALL_MAPS, Moment, Scored, maps_of, second_moments, visit_in_order
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.sizes import linear_shapes
+from sparsejax.ops.formats.clipping import check_search, searched_extent
 from sparsejax.ops.formats.quantize import decode, encode, qparams, spread
 from sparsejax.ops.formats.scales import QParams, effective
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import check, check_choice
 from sparsejax.quantized_arrays import QTensor, packed
 
-ORDERS = ("none", "static", "group")
+ORDERS = ("none", "static", "group", "dynamic")
 
 
 class Sweep(NamedTuple):
@@ -54,11 +58,13 @@ class Sweep(NamedTuple):
       order: int[in], the inputs in the order in which they are rounded.
       groups: int, the groups of scales along the inputs in the order in which they are reached.
       inverse: of the Hessian in that order.
+      index: uint16[in], the group of each input where groups are not of neighbours.
     """
 
     order: np.ndarray
     groups: np.ndarray
     inverse: Factor
+    index: np.ndarray | None = None
 
 
 class Solved(NamedTuple):
@@ -83,7 +89,8 @@ def sweep_of(hessian: Float[np.ndarray, "in in"], group: int, order: str = "none
     falling = -np.diag(hessian)
     numbers = np.arange(-(-inputs // size))
     rows = np.arange(inputs)
-    if order == "static":
+    index = None
+    if order in ("static", "dynamic"):
         rows = np.argsort(falling, kind="stable")
     elif order == "group":
         full = inputs // size  # a shorter last group stays last, so that every other one is whole
@@ -91,7 +98,10 @@ def sweep_of(hessian: Float[np.ndarray, "in in"], group: int, order: str = "none
         numbers = np.concatenate([np.argsort(means, kind="stable"), numbers[full:]])
         members = [rows[number * size : (number + 1) * size] for number in numbers]
         rows = np.concatenate([part[np.argsort(falling[part], kind="stable")] for part in members])
-    return Sweep(rows, numbers, factor(hessian[np.ix_(rows, rows)], damping))
+    if order == "dynamic":
+        index = np.empty(inputs, np.uint16)
+        index[rows] = np.arange(inputs) // size
+    return Sweep(rows, numbers, factor(hessian[np.ix_(rows, rows)], damping), index)
 
 
 def gptq(
@@ -100,6 +110,8 @@ def gptq(
     spec: FormatSpec,
     *,
     parameters: QParams | None = None,
+    scales: str = "absmax",
+    weights: Float[np.ndarray, " in"] | None = None,
     block: int = BLOCK,
     dtype: Any = "float32",
 ) -> Solved:
@@ -110,20 +122,31 @@ def gptq(
       sweep: of the tensor that enters the map, by `spec`'s groups along the inputs.
       spec: not stochastic, not static.
       parameters: scales that are given, as for order static; None: those of the compensated weights of each group.
+      scales: how these are found, of `ops.formats.clipping.SEARCHES`; weights: diag H, for `hessian`.
       block: inputs per product; changes speed alone.
       dtype: of the weight that the result stands for.
     """
-    rounding = _Rounding(np.asarray(kernel, np.float32), sweep, spec, parameters)
+    search = _Search(scales, None if weights is None else np.asarray(weights, np.float32)[sweep.order])
+    rounding = _Rounding(np.asarray(kernel, np.float32), sweep, spec, parameters, search)
     obs_sweep(kernel[sweep.order], sweep.inverse, rounding, block)
     codes, found = rounding.result()
+    if sweep.index is not None:
+        spec, found = replace(spec, indexed=True), found._replace(index=jnp.asarray(sweep.index[:, None]))
     return Solved(packed(codes, found, spec, kernel.shape, dtype), rounding.loss)  # type: ignore[arg-type]
+
+
+class _Search(NamedTuple):
+    """How the scales of a group are found; weights: of the inputs in the order of the sweep."""
+
+    scales: str
+    weights: np.ndarray | None
 
 
 class _Rounding:
     """What `obs_sweep` decides: the row's nearest codes; and what these are."""
 
-    def __init__(self, kernel: np.ndarray, sweep: Sweep, spec: FormatSpec, parameters: QParams | None):
-        self.sweep, self.spec, self.shape = sweep, spec, kernel.shape
+    def __init__(self, kernel: np.ndarray, sweep: Sweep, spec: FormatSpec, parameters: QParams | None, search: _Search):
+        self.sweep, self.spec, self.shape, self.search = sweep, spec, kernel.shape, search
         self.fixed, self.of_rows = parameters, _of_rows(spec)
         self.group = min(spec.block(self.shape)[0], self.shape[0])
         # The scale of scales of the whole matrix is taken once, from the weights as they were.
@@ -139,17 +162,18 @@ class _Rounding:
 
     def __call__(self, rows: np.ndarray, pivots: np.ndarray, first: int) -> Settle:
         if self.fixed is None:
-            found = _parameters(rows.astype(np.float32), self.second, self.spec)
+            mine = None if self.search.weights is None else self.search.weights[first : first + len(rows)]
+            found = searched_parameters(rows.astype(np.float32), self.second, mine, self.spec, self.search.scales)
             self.by_group[int(self.sweep.groups[first // self.group])] = found
             scale, zero = _per_entry(found, self.spec, rows.shape)
 
         def settle(i: int, row: np.ndarray) -> np.ndarray:
             number = int(self.sweep.order[first + i])
             if self.fixed is None:
-                mine = scale, zero
+                here = scale, zero
             else:
-                mine = self.scales[number][None], self.zeros[number][None] if self.zeros is not None else None
-            codes, values = _nearest(row.astype(np.float32)[None], *mine, self.of_rows)
+                here = self.scales[number][None], self.zeros[number][None] if self.zeros is not None else None
+            codes, values = _nearest(row.astype(np.float32)[None], *here, self.of_rows)
             self.codes[number] = np.asarray(codes)[0]
             settled = np.asarray(values, np.float64)[0]
             self.loss += float(np.sum(np.square((row - settled) / pivots[i])))
@@ -172,15 +196,28 @@ class _Rounding:
         return codes, found
 
 
+def _check_groups(spec: FormatSpec, order: str) -> None:
+    """Raise a ConfigError where inputs would be sorted into groups that a format has not, or has already."""
+    check(not spec.indexed, "format", str(spec), "is what order dynamic makes of it; leave indexed out")
+    groups = spec.granularity == "group" and spec.axis == -2 and spec.ragged != "pad"
+    check(groups or order != "dynamic", "order", order, f"sorts inputs into groups, and {spec} has none")
+
+
 def _of_rows(spec: FormatSpec) -> FormatSpec:
     """The same codes of single rows, whose scales are given as float32 numbers."""
     whole: dict[str, Any] = dict(granularity="channel", size=(), axis=-2, ragged="error")
     return replace(spec, **whole, scale="f32", rule="floor", second="none", codes="stored")
 
 
-@partial(jax.jit, static_argnums=2)
-def _parameters(rows: Array, second: Array | None, spec: FormatSpec) -> QParams:
-    return qparams(rows, spec, second=second)
+@partial(jax.jit, static_argnums=(3, 4))
+def searched_parameters(
+    rows: Array, second: Array | None, weights: Array | None, spec: FormatSpec, scales: str
+) -> QParams:
+    """Scales and zeros of rows [rows, out], found as `scales` says."""
+    if scales == "absmax":
+        return qparams(rows, spec, second=second)
+    second = qparams(rows, spec).second if second is None else second
+    return qparams(rows, spec, within=searched_extent(rows, spec, scales, weights=weights, second=second), second=second)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -201,11 +238,12 @@ def _nearest(row: Array, scale: Array, zero: Array | None, spec: FormatSpec) -> 
 
 @dataclass
 class Gptq(Pass):
-    """format: a name, or one for each map (`compress.bit_allocation`); order: of `ORDERS`; damping: of the Hessian; block:
-    inputs per product; sites: maps."""
+    """format: a name, or one for each map (`compress.bit_allocation`); order: of `ORDERS`; scales: of `SEARCHES`; damping: of
+    the Hessian; block: inputs per product; sites: maps."""
 
     format: Formats = "int4:asym,group=64"
     order: str = "none"
+    scales: str = "absmax"
     damping: float = 0.01
     block: int = BLOCK
     sites: str = ALL_MAPS
@@ -219,6 +257,8 @@ class Gptq(Pass):
             check(spec.rounding != "stochastic", "format", str(spec), "rounds at random, which leaves needless errors")
             check(spec.second != "double" or self.order == "static", "order", self.order,
                   f"{spec} quantizes the scales of all groups together, before the sweep; expected static")  # fmt: skip
+            check_search(self.scales, spec)
+            _check_groups(spec, self.order)
         check_formats(self.format, config, maps_of(config, self.sites))
 
     def check_inputs(self, model: Model, calibration: Calibration) -> None:
@@ -248,9 +288,13 @@ class Gptq(Pass):
             if not latest or latest[0][0] is not moment or latest[0][1] != group:
                 latest[:] = [(moment, group, sweep_of(moment.mean, group, self.order, self.damping))]
             sweep = latest[0][2]
-            fixed = qparams(jnp.asarray(kernel), spec) if self.order == "static" else None
+            weights = np.diag(moment.mean).astype(np.float32) if self.scales == "hessian" else None
+            fixed = None
+            if self.order == "static":
+                fixed = searched_parameters(np.asarray(kernel, np.float32), None, weights, spec, self.scales)
             dtype = model.parameter(f"{site}.kernel").dtype
-            tensor, loss = gptq(kernel, sweep, spec, parameters=fixed, block=self.block, dtype=dtype)
+            how: dict[str, Any] = dict(scales=self.scales, weights=weights, block=self.block, dtype=dtype)
+            tensor, loss = gptq(kernel, sweep, spec, parameters=fixed, **how)
             whole = float(np.sum(kernel * (moment.mean @ kernel)))
             inverse = sweep.inverse
             numbers = {"loss": loss / whole if whole else 0.0, "dead": inverse.dead.sum(), "damping": inverse.damping}

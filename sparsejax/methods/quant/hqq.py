@@ -82,6 +82,7 @@ class Hqq(Rtn):
         spec = FormatSpec.parse(self.format)
         fits = spec.symmetric == "asym" and spec.zero == "float" and spec.rounding != "stochastic"
         check(fits, "hqq: format", self.format, "has no float zeros to fit; give for example int4:asym,group=64,zero=float")
+        check(self.scales == "absmax", "hqq: scales", self.scales, "are those of the extremes while zeros are fitted")
         super().check(config)
 
     def apply(self, model: Model, work: Work) -> Model:

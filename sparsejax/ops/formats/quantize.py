@@ -39,9 +39,10 @@ def extent(x: Float[Array, "*lead rows columns"], spec: FormatSpec) -> Extent:
     """The extent of each group of x.
 
     Raises:
-      ConfigError: fewer than two axes, or a last group that is not full where `ragged` is `error`.
+      ConfigError: fewer than two axes, a last group that is not full where `ragged` is `error`, or an `indexed` format.
     """
     check(x.ndim >= 2, "format", str(spec), f"acts on the last two axes of an array, this one has the shape {x.shape}")
+    check(not spec.indexed, "format", str(spec), "is indexed: a solver says which rows make a group (gptq, order dynamic)")
     block = spec.block(x.shape[-2:])
     x = x.astype(jnp.float32)
     if spec.statistic != "range":
@@ -86,11 +87,12 @@ def encode(
     if (rows, columns) != x.shape[-2:]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, columns - x.shape[-1])])
     exact = effective(parameters, spec)
-    scale = spread(jnp.where(exact == 0, 1, exact), spec, x.shape[-2:])
+    index = parameters.index
+    scale = spread(jnp.where(exact == 0, 1, exact), spec, x.shape[-2:], index)
     x, grid = x.astype(jnp.float32), spec.grid
     if parameters.zero is None:
         return grid.encode(x / scale, spec.rounding, key)
-    zero = spread(parameters.zero.astype(jnp.float32), spec, x.shape[-2:])
+    zero = spread(parameters.zero.astype(jnp.float32), spec, x.shape[-2:], index)
     assert isinstance(grid, Integers)
     if spec.zero == "int":
         return grid.encode(x / scale, spec.rounding, key, zero)
@@ -106,12 +108,12 @@ def decode(
       codes, parameters: of `encode` and `qparams`.
       shape: the trailing (rows, columns) of the array; needed where `ragged` is `pad`.
     """
-    filled = codes.shape[-2:]
-    scale, numbers = spread(effective(parameters, spec), spec, filled), spec.grid.decode(codes)
+    filled, index = codes.shape[-2:], parameters.index
+    scale, numbers = spread(effective(parameters, spec), spec, filled, index), spec.grid.decode(codes)
     if parameters.zero is None:
         numbers = numbers * scale
     else:
-        zero = spread(parameters.zero.astype(jnp.float32), spec, filled)
+        zero = spread(parameters.zero.astype(jnp.float32), spec, filled, index)
         numbers = numbers * scale + zero if spec.zero == "min" else (numbers - zero) * scale
     return numbers if shape is None or shape == filled else numbers[..., : shape[0], : shape[1]]
 
@@ -122,13 +124,14 @@ def quantize(
     *,
     parameters: QParams | None = None,
     within: Extent | None = None,
+    second: Float[Array, "*lead 1 1"] | None = None,
     key: Array | None = None,
 ) -> tuple[Array, QParams]:
-    """(codes, parameters) of x; `parameters` where they are given, else those of `qparams(x, spec, within=within)`."""
+    """(codes, parameters) of x; `parameters` where they are given, else those of `qparams(x, spec, within=, second=)`."""
     if parameters is None:
         check(not spec.static or within is not None, "format", str(spec), "is static: its scales come from calibration")
         found = extent(x, spec) if within is None else within
-        parameters = _stored(found, spec)
+        parameters = _stored(found, spec, second)
         if spec.codes == "exact":
             return encode(x, _exact(found, spec), spec, key=key), parameters
     return encode(x, parameters, spec, key=key), parameters
@@ -218,13 +221,17 @@ def _reduced(x: Array, block: tuple[int, int], how: str) -> Array:
     return found / jnp.asarray(counts).reshape((1,) * (found.ndim - 2) + counts.shape)
 
 
-def spread(groups: Array, spec: FormatSpec, shape: tuple[int, ...]) -> Array:
+def spread(groups: Array, spec: FormatSpec, shape: tuple[int, ...], index: Array | None = None) -> Array:
     """A value per group as one per entry of a matrix of this shape, or as an array that broadcasts to that.
 
     Args:
       groups: [..., groups along -2, groups along -1], e.g. `scales.effective`.
       shape: the trailing (rows, columns).
+      index: of `QParams`, for an `indexed` format; a row of a group that there is not becomes NaN.
     """
+    if spec.indexed:
+        assert index is not None
+        return jnp.take_along_axis(groups, index.astype(jnp.int32), axis=-2)
     for axis, size, length in zip((-2, -1), spec.block(shape), shape, strict=True):
         if groups.shape[axis] > 1 and size > 1:
             groups = jax.lax.slice_in_dim(jnp.repeat(groups, size, axis=axis), 0, length, axis=axis)

@@ -3,7 +3,7 @@
     element[:option,...]    int4  int4:asym,group=128,ragged=tail  nf4:group=64,double  fp8_e4m3:token,static  mxfp4:rule=ceil
 
 The element is one of `grids.ELEMENTS`, or a published format (`PUBLISHED`), an element with its options. Options are words
-(`tensor`, `channel`, `token`; `narrow`, `full15`, `signed_max`, `asym`; `double`, `two_level`; `static`) and values
+(`tensor`, `channel`, `token`; `narrow`, `full15`, `signed_max`, `asym`; `double`, `two_level`; `static`; `indexed`) and values
 (`group=64`, `block=128x128`, `axis=-1`, `ragged=tail`, `round=away`, `zero=float`, `scale=bf16`, `rule=ceil`, `codes=exact`).
 """
 
@@ -57,6 +57,7 @@ _WORDS: dict[str, tuple[str, Any]] = {
     **{word: ("symmetric", word) for word in SYMMETRIC},
     **{word: ("second", word) for word in SECOND[1:]},
     "static": ("static", True),
+    "indexed": ("indexed", True),
 }
 OPTIONS = (*_WORDS, "group", "block", *_VALUED)
 
@@ -90,6 +91,8 @@ class FormatSpec:
       `two_level`: float32 G = 448 greatest / amax of the matrix, stored scales are G times the true ones (NVFP4).
     static: scales come from calibration and are never computed from the tensor at hand.
     codes: by the `stored` scale, or by the `exact` one in float32 before it is rounded for storage (ggml).
+    indexed: groups along -2 are not of neighbours: each entry of that axis has the number of its group (GPTQ's g_idx), which a
+      solver chooses and nothing here does.
     """
 
     element: str
@@ -105,6 +108,7 @@ class FormatSpec:
     second: str = "none"
     static: bool = False
     codes: str = "stored"
+    indexed: bool = False
 
     def __post_init__(self) -> None:
         if not self.scale:
@@ -133,6 +137,8 @@ class FormatSpec:
         grouped = self.granularity in ("group", "block")
         check(self.ragged == "error" or grouped, "ragged", self.ragged, "is for groups and blocks")
         check(self.axis == -2 or self.granularity == "group", "axis", self.axis, "is for groups")
+        sortable = self.granularity == "group" and self.axis == -2 and self.ragged != "pad" and self.second != "double"
+        check(not self.indexed or sortable, "indexed", True, "is for groups along axis -2, not with ragged=pad or double")
 
     def _check_scale(self) -> None:
         integers = self.element in INTEGERS
@@ -280,6 +286,7 @@ def _spelled(spec: FormatSpec, name: str, base: Mapping[str, Any]) -> str:
         **{field: f"{option}={getattr(spec, field)}" for option, field in _VALUED.items()},
         "second": spec.second,
         "static": "static",
+        "indexed": "indexed",
     }
     changes = [text for field, text in options.items() if getattr(spec, field) != base[field]]
     return f"{name}:{','.join(changes)}" if changes else name

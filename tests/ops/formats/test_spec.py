@@ -14,7 +14,7 @@ from tests.ops.formats.samples import ALL
 
 VALUES = {"ragged": RAGGED, "zero": ZEROS, "round": ROUNDINGS, "scale": SCALES, "rule": RULES, "codes": ("exact",),
           "axis": ("-1", "-2"), "group": ("1", "16", "128"), "block": ("128x128", "1x16")}  # fmt: skip
-WORDS = (*WHOLE, *SYMMETRIC, "double", "two_level", "static")
+WORDS = (*WHOLE, *SYMMETRIC, "double", "two_level", "static", "indexed")
 
 
 @st.composite

@@ -23,7 +23,7 @@ from sparsejax.io.model import Model, computed_in
 from sparsejax.io.safetensors_file import open_safetensors
 from sparsejax.io.sentence_embedding import read_sentence_embedding
 from sparsejax.io.tensors import TensorSource
-from sparsejax.io.weights import load_values
+from sparsejax.io.weights import input_rules, load_values
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import LAYERCAST
 from sparsejax.plugs import ConfigError, check_choice
@@ -76,6 +76,8 @@ def _published(
     structure, values = load_values(config, family, source, dtype=dtype, mesh=mesh)
     source_fields = {"family": family.name, "path": str(located.path), "config": dict(published), **about}
     model = Model(located.name, config, structure, values, source=source_fields)
+    rules = input_rules(config, family, source)
+    model = model.with_rules({}, inputs=rules) if rules else model
     return sparsity_config.applied(model, located.path) if located.kind == "hf" else model
 
 

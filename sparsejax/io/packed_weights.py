@@ -43,6 +43,27 @@ def joined(rows: Mapping[int | None, Sequence[QTensor]], experts: bool) -> QTens
     return layers[0] if None in rows else _stacked(layers)
 
 
+def activation_rules(entries: Sequence[Entry], activations: Mapping[str, str]) -> tuple[str, ...]:
+    """Rules of `model.inputs` by which maps round what enters them: one for all layers where these agree.
+
+    Args:
+      entries: of the model. activations: by published name of a map, its format; "": none.
+    """
+    by_name: dict[str, dict[str, str]] = {}
+    for one in entries:
+        for name in one.theirs:
+            if name in activations:
+                site = one.ours[0].removesuffix(".kernel")
+                layerless = ".".join("*" if part.isdigit() else part for part in site.split("."))
+                by_name.setdefault(layerless, {})[site] = activations[name]
+    rules: list[str] = []
+    for layerless, texts in by_name.items():
+        first = next(iter(texts.values()))
+        chosen = {layerless: first} if set(texts.values()) == {first} else texts
+        rules += [f"{site}=rounded:{text}" for site, text in chosen.items() if text]
+    return tuple(rules)
+
+
 def _stacked(tensors: Sequence[QTensor]) -> QTensor:
     return jax.tree.map(lambda *parts: jnp.stack(parts), *tensors)
 

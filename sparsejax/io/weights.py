@@ -64,6 +64,18 @@ def load_values(
     return structure, filler.values
 
 
+def input_rules(config: ModelConfig, family: Family, source: TensorSource) -> tuple[str, ...]:
+    """Rules of `model.inputs` for the maps of a checkpoint whose activations are quantized; none of most."""
+    if not isinstance(source, PackedSource):
+        return ()
+    structure, shapes = nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
+    slots = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
+    names = Names(family, source)
+    entries = expand(family.entries(config), config, set(slots), family.experts(config))
+    packed = [name for one in entries for name in one.theirs if names.is_packed(name)]
+    return packed_weights.activation_rules(entries, {name: source.activation(names.stored[name]) for name in packed})
+
+
 class Names:
     """A source under the names of the family's full architecture: the base model alone leaves a prefix out."""
 

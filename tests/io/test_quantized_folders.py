@@ -64,6 +64,26 @@ def test_a_quantized_model_is_exported_and_read_back_bit_for_bit(plain, tmp_path
     require_same_values(model, again, store)
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "op"), [("int8:full15", "int", "int8:full15,token"), ("fp8_e4m3", "float", "fp8_e4m3:token")]
+)
+def test_activations_that_are_rounded_by_token_come_as_rules(plain, tmp_path, text, kind, op):
+    model = quantized(plain, text)
+    write_hf(model, tmp_path / "m", store="compressed-tensors")
+    path = tmp_path / "m" / "config.json"
+    document = json.loads(path.read_text())
+    activations = {"num_bits": 8, "type": kind, "dynamic": True, "strategy": "token", "symmetric": True, "group_size": None,
+                   "observer": None, "observer_kwargs": {}}  # fmt: skip
+    document["quantization_config"]["config_groups"]["group_0"]["input_activations"] = activations
+    path.write_text(json.dumps(document))
+    again = load(str(tmp_path / "m"))
+    names = [f"attn.{name}" for name in "qkvo"] + [f"mlp.{name}" for name in ("gate", "up", "down")]
+    assert sorted(again.config.inputs) == sorted(f"blocks.*.{name}=rounded:{op}" for name in names)
+    ruled = model.with_rules({}, inputs=again.config.inputs)
+    np.testing.assert_allclose(logits(again), logits(ruled), atol=1e-5)
+    assert np.abs(logits(again) - logits(model)).max() > 1e-4
+
+
 def nibble(stored, place):
     return int(stored) >> 4 * place & 15
 

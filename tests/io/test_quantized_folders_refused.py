@@ -85,11 +85,16 @@ def test_biases_of_zeros_that_no_map_has_are_dropped_and_others_are_not(gptq, tm
     assert f"reads: {MAP}.bias" in refusal(tiny_llama.write(tmp_path / "b", ones, quantization_config=document))
 
 
-def test_quantized_activations_are_refused(plain, tmp_path):
+def test_activations_that_are_not_rounded_by_token_as_they_come_are_refused_by_key(plain, tmp_path):
     write_hf(quantized(plain, "int8"), tmp_path / "m", store="compressed-tensors")
     path = tmp_path / "m" / "config.json"
     document = json.loads(path.read_text())
-    activations = {"num_bits": 8, "dynamic": True, "strategy": "token", "symmetric": True}
-    document["quantization_config"]["config_groups"]["group_0"]["input_activations"] = activations
+    by_token = {"num_bits": 8, "dynamic": True, "strategy": "token", "symmetric": True}
+    group = document["quantization_config"]["config_groups"]["group_0"]
+    for key, value in {"dynamic": False, "strategy": "tensor", "num_bits": 4, "symmetric": False, "group_size": 32}.items():
+        group["input_activations"] = {**by_token, key: value}
+        path.write_text(json.dumps(document))
+        assert f"config_groups.group_0: input_activations: {key} = {value!r}: allowed" in refusal(tmp_path / "m")
+    group |= {"input_activations": None, "output_activations": by_token}
     path.write_text(json.dumps(document))
-    assert "config_groups.group_0: input_activations" in refusal(tmp_path / "m")
+    assert "quantized outputs of maps; allowed is null" in refusal(tmp_path / "m")

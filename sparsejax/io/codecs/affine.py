@@ -25,6 +25,7 @@ class Affine(NamedTuple):
     zero: uint8 of the scale's shape; None where each is 2^(bits - 1), which published formats call symmetric.
     bits: of a code, 2 to 8.
     group: inputs that share a scale, the last group may be shorter; 0 where all do.
+    index: uint16[in], the group of each input where these are not neighbours; else None.
     """
 
     codes: np.ndarray
@@ -32,6 +33,7 @@ class Affine(NamedTuple):
     zero: np.ndarray | None
     bits: int
     group: int
+    index: np.ndarray | None = None
 
     @property
     def zeros(self) -> np.ndarray:
@@ -39,14 +41,19 @@ class Affine(NamedTuple):
         return np.full(self.scale.shape, 2 ** (self.bits - 1), np.uint8) if self.zero is None else self.zero
 
 
-def check_integers(spec: FormatSpec, field: str, bits: Sequence[int], scales: Sequence[str]) -> None:
+def check_integers(
+    spec: FormatSpec, field: str, bits: Sequence[int], scales: Sequence[str], *, indexed: bool = False
+) -> None:
     """Raise a ConfigError unless a format is integers with scales that an `Affine` of these widths holds.
 
     Args:
       spec: the format.
       field: the kernel, for the message.
       bits: allowed; scales: storage that is allowed, of `ops.formats.spec.SCALES`.
+      indexed: whether a group may hold any inputs, not neighbours alone.
     """
+    rule = "the inputs of a group must be neighbours; allowed are gptq and compressed-tensors, or another order of gptq"
+    check(indexed or not spec.indexed, f"{field}: indexed of {spec}", True, rule)
     check_choice(f"{field}: element of {spec}", spec.element, [name for name in INTEGERS if int(name[3:]) in bits])
     check(spec.zero == "int", f"{field}: zero of {spec}", spec.zero, "allowed is 'int': a zero is stored as a code")
     check_choice(f"{field}: granularity of {spec}", spec.granularity, ("tensor", "channel", "group"))
@@ -63,7 +70,8 @@ def affine(tensor: QTensor) -> Affine:
     if spec.symmetric != "asym":
         codes = (codes + np.int16(2 ** (bits - 1))).astype(np.uint8)
     group = spec.size[0] if spec.granularity == "group" else 0
-    return Affine(codes, np.asarray(tensor.scale), zero, bits, group)
+    index = None if tensor.index is None else np.asarray(tensor.index)[:, 0]
+    return Affine(codes, np.asarray(tensor.scale), zero, bits, group, index)
 
 
 def tensor_of(integers: Affine, dtype: Any, field: str) -> QTensor:
@@ -72,7 +80,7 @@ def tensor_of(integers: Affine, dtype: Any, field: str) -> QTensor:
     Raises:
       ConfigError: scales of another type, or shapes that do not fit.
     """
-    codes, scale, zero, bits, group = integers
+    codes, scale, zero, bits, group, index = integers
     rows, columns = codes.shape
     check_choice(f"{field}: type of the scales", str(scale.dtype), [str(dtype) for dtype in _NAMES])
     groups = -(-rows // group) if group else 1
@@ -88,10 +96,11 @@ def tensor_of(integers: Affine, dtype: Any, field: str) -> QTensor:
         ragged="tail" if group and rows % group else "error",
         symmetric="full15" if zero is None else "asym",
         scale=_NAMES[scale.dtype],
+        indexed=index is not None,
     )
     if zero is None:
         codes = (codes.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
-    return held(codes, scale, spec, dtype, zero=zero)
+    return held(codes, scale, spec, dtype, zero=zero, index=index)
 
 
 def words(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -107,10 +116,20 @@ def from_words(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
     return from_bitstream(np.ascontiguousarray(stream, "<i4").view(np.uint8), bits, count)
 
 
-def check_order(g_idx: np.ndarray, group: int, field: str) -> None:
-    """Raise a ConfigError where the inputs were sorted into groups by activation order: a QTensor's groups are neighbours."""
+def index_of(g_idx: np.ndarray, group: int, groups: int, field: str) -> np.ndarray | None:
+    """The group of each input, uint16[in]; None where groups are of neighbours (no activation order, or static groups).
+
+    Args:
+      g_idx: as stored, int[in].
+      group: inputs to a group, 0: all. groups: how many there are scales for.
+      field: the tensor, for the message.
+    Raises:
+      ConfigError: a group that has no scales.
+    """
     inputs = np.arange(len(g_idx))
-    in_order = np.array_equal(g_idx, inputs // group if group else np.zeros_like(inputs))
-    first = np.asarray(g_idx[:4]).tolist()
-    check(in_order, field, first, "inputs are out of the order of their groups (desc_act, actorder); allowed are groups of "
-                                  "neighbours, as static groups give")
+    if np.array_equal(g_idx, inputs // group if group else np.zeros_like(inputs)):
+        return None
+    wrong = np.flatnonzero((g_idx < 0) | (g_idx >= groups))
+    check(not len(wrong), f"{field}: groups of inputs {wrong[:4].tolist()}", g_idx[wrong[:4]].tolist(), f"there are {groups}")
+    check(group and groups <= 2**16, f"{field}: groups", groups, "expected groups of inputs, at most 65536 of them")
+    return g_idx.astype(np.uint16)

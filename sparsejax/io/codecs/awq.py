@@ -76,6 +76,9 @@ class Awq:
         scale = need(parts, "scales", module, None, (groups, columns))
         return tensor_of(Affine(_columns(parts["qweight"]), scale, zero, 4, self.group), dtype, module)
 
+    def activation(self, module: str) -> str:
+        return ""
+
     def encode(self, module: str, tensor: QTensor) -> dict[str, np.ndarray]:
         check_integers(tensor.spec, module, BITS, SCALES)
         rows, columns = tensor.shape

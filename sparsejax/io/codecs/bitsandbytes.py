@@ -86,6 +86,9 @@ class BitsAndBytes:
         mean = np.full((1, 1), offset, np.float32)
         return held(codes, scale, spec, dtype, second=second.reshape(1, -1), mean=mean)
 
+    def activation(self, module: str) -> str:
+        return ""
+
     def encode(self, module: str, tensor: QTensor) -> dict[str, np.ndarray]:
         name = _type_of(tensor.spec, module)
         (rows, columns), size = tensor.shape, tensor.spec.size[0]

@@ -10,6 +10,7 @@
 
 weight_scale is [1] (strategy tensor), [out, 1] (channel), [out, groups] (group) or [out / a, in / b] (block). Maps that
 are not symmetric have a weight_zero_point like it, int8; of packed integers by channel or group it is packed along the outputs.
+Where inputs were sorted into groups by activation (actorder group), weight_g_idx int32[in] has the group of each.
 The library multiplies codes by scales in the scale's type; here that is float32, rounded once.
 """
 
@@ -22,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.io.codecs.affine import Affine, affine, check_integers, check_order, from_words, tensor_of, words
+from sparsejax.io.codecs.affine import Affine, affine, check_integers, from_words, index_of, tensor_of, words
 from sparsejax.io.codecs.scheme import Scheme, read_scheme, scheme_of
 from sparsejax.io.codecs.small_floats import decode_fp4, decode_fp8, encode_fp4, encode_fp8
 from sparsejax.io.codecs.store import Parts, known_keys, need, need_matrix
@@ -125,16 +126,17 @@ class CompressedTensors:
     def decode(self, module: str, parts: Parts, dtype: Any) -> QTensor:
         scheme = self.scheme(module)
         columns, rows = self.shape(module, parts)
-        if "weight_g_idx" in parts:
-            check_order(need(parts, "weight_g_idx", module, None, (rows,)), scheme.group, f"{module}.weight_g_idx")
         if scheme.format in ("mxfp4-pack-quantized", "nvfp4-pack-quantized"):
             return decode_fp4(module, parts, scheme, (rows, columns), dtype)
         if scheme.format == "float-quantized":
             return decode_fp8(module, parts, scheme, (rows, columns), dtype)
         scale = _groups_of(need(parts, "weight_scale", module, None), scheme)
         codes = self._codes(module, parts, scheme)
-        zero = self._zeros(module, parts, scheme, scale.shape[0])
-        return tensor_of(Affine(codes, scale, zero, scheme.bits, scheme.group), dtype, module)
+        zero, index = self._zeros(module, parts, scheme, scale.shape[0]), None
+        if "weight_g_idx" in parts:
+            stored = need(parts, "weight_g_idx", module, None, (rows,))
+            index = index_of(stored, scheme.group, scale.shape[0], f"{module}.weight_g_idx")
+        return tensor_of(Affine(codes, scale, zero, scheme.bits, scheme.group, index), dtype, module)
 
     def _codes(self, module: str, parts: Parts, scheme: Scheme) -> np.ndarray:
         """uint8[in, out]."""
@@ -160,16 +162,21 @@ class CompressedTensors:
             return from_words(stored.T, scheme.bits, columns)
         return (_groups_of(need(parts, name, module, np.int8), scheme) + half).astype(np.uint8)
 
+    def activation(self, module: str) -> str:
+        return self.scheme(module).activation
+
     def encode(self, module: str, tensor: QTensor) -> dict[str, np.ndarray]:
         scheme = scheme_of(tensor.spec, module)
         if scheme.format in ("mxfp4-pack-quantized", "nvfp4-pack-quantized"):
             return encode_fp4(module, tensor, scheme)
         if scheme.format == "float-quantized":
             return encode_fp8(module, tensor)
-        check_integers(tensor.spec, module, (scheme.bits,), SCALES)
-        codes, scale, zero, bits, _ = affine(tensor)
+        check_integers(tensor.spec, module, (scheme.bits,), SCALES, indexed=True)
+        codes, scale, zero, bits, _, index = affine(tensor)
         half = np.int16(2 ** (bits - 1))
         parts = {"weight_scale": _stored(scale, scheme)}
+        if index is not None:
+            parts["weight_g_idx"] = index.astype(np.int32)
         if zero is not None:
             packs = scheme.packs_zeros
             parts["weight_zero_point"] = words(zero, bits).T if packs else _stored((zero - half).astype(np.int8), scheme)

@@ -18,6 +18,8 @@ FORMATS: dict[str, tuple[str, tuple[int, ...]]] = {
     "mxfp4-pack-quantized": ("float", (4,)),
     "nvfp4-pack-quantized": ("float", (4,)),
 }
+# Type of 8-bit activations -> their format. Integers are divided by half of their 255 steps, not by 127.
+ACTIVATIONS = {"int": "int8:full15,token", "float": "fp8_e4m3:token"}
 STRATEGIES = {
     "pack-quantized": ("tensor", "channel", "group"),
     "int-quantized": ("tensor", "channel", "group"),
@@ -35,6 +37,8 @@ class Scheme:
     """format: of `FORMATS`. bits: of a code. strategy: what shares a scale, of `STRATEGIES`. symmetric: no zeros.
 
     group: inputs that share a scale, 0 but for strategies of groups. block: (outputs, inputs) of strategy block.
+    indexed: inputs are sorted into groups by activation order.
+    activation: the number format to which inputs are rounded as they come; "": they stay floats.
     """
 
     format: str
@@ -43,6 +47,8 @@ class Scheme:
     symmetric: bool = True
     group: int = 0
     block: tuple[int, int] | None = None
+    indexed: bool = False
+    activation: str = ""
 
     @property
     def packs_zeros(self) -> bool:
@@ -58,11 +64,17 @@ class Scheme:
             "group_size": self.group or None,
             "block_structure": None if self.block is None else list(self.block),
             "dynamic": False,
-            "actorder": None,
+            "actorder": "group" if self.indexed else None,
         }
         if self.format in _SCALES:
             weights["scale_dtype"] = _SCALES[self.format]
-        return {"format": self.format, "weights": weights, "input_activations": None, "output_activations": None}
+        return {"format": self.format, "weights": weights, "input_activations": self._inputs(), "output_activations": None}
+
+    def _inputs(self) -> dict[str, Any] | None:
+        if not self.activation:
+            return None
+        kind = next(kind for kind, text in ACTIVATIONS.items() if text == self.activation)
+        return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 def read_scheme(group: Mapping[str, Any], whole: Any, where: str) -> Scheme:
@@ -71,11 +83,11 @@ def read_scheme(group: Mapping[str, Any], whole: Any, where: str) -> Scheme:
     Args:
       group: its object; whole: `format` of the config, which counts where the group has none; where: for messages.
     Raises:
-      ConfigError: by key, for what is not known here: quantized activations above all.
+      ConfigError: by key, for what is not known here.
     """
-    rule = "quantized activations; allowed is null: convert the checkpoint to one of weights alone (W4A16, W8A16)"
-    for key in ("input_activations", "output_activations"):
-        check(group.get(key) is None, f"{where}: {key}", group.get(key), rule)
+    outputs = group.get("output_activations")
+    check(outputs is None, f"{where}: output_activations", outputs, "quantized outputs of maps; allowed is null")
+    activation = _activation(group.get("input_activations"), f"{where}: input_activations")
     known_keys(group, where, dict.fromkeys(("targets", "weights", "format", "input_activations", "output_activations"), ()), ())
     name = group.get("format") or whole
     name = "int-quantized" if name == "naive-quantized" else name
@@ -101,7 +113,27 @@ def read_scheme(group: Mapping[str, Any], whole: Any, where: str) -> Scheme:
     two = isinstance(block, list) and len(block) == 2 and all(type(edge) is int and edge > 0 for edge in block)
     check(two or strategy != "block", f"{where}: weights: block_structure", block, "expected two positive numbers")
     edges = (block[0], block[1]) if two and block is not None and strategy == "block" else None
-    return Scheme(name, weights["num_bits"], strategy, symmetric, int(size or 0) if grouped else 0, edges)
+    indexed = weights.get("actorder") == "group"
+    return Scheme(name, weights["num_bits"], strategy, symmetric, int(size or 0) if grouped else 0, edges, indexed, activation)
+
+
+def _activation(found: Any, where: str) -> str:
+    """The format of activations as they come, by token; "" where there is none.
+
+    Raises:
+      ConfigError: by key, for calibrated scales, scales of a whole batch, and other widths.
+    """
+    if found is None:
+        return ""
+    check(isinstance(found, dict), where, found, "expected an object or null")
+    known: dict[str, tuple[Any, ...]] = {
+        "num_bits": (8,), "type": tuple(ACTIVATIONS), "symmetric": (True,), "strategy": ("token",), "dynamic": (True,),
+        "group_size": (None,), "block_structure": (None,), "actorder": (None, False),
+    }  # fmt: skip
+    known_keys(found, where, known, _IGNORED)
+    for key in ("num_bits", "strategy", "dynamic"):
+        check(key in found, f"{where}: {key}", None, f"is missing; allowed: {known[key][0]!r}")
+    return ACTIVATIONS[found.get("type", "int")]
 
 
 def scheme_of(spec: FormatSpec, module: str) -> Scheme:
@@ -110,6 +142,7 @@ def scheme_of(spec: FormatSpec, module: str) -> Scheme:
     Raises:
       ConfigError: none; says what compressed-tensors has.
     """
+    check(not spec.indexed or spec.element.startswith("int"), f"{module}: indexed of {spec}", True, "is for integers")
     if spec.element == "fp4_e2m1":
         names = {"mxfp4": "mxfp4-pack-quantized", "nvfp4": "nvfp4-pack-quantized"}
         base = str(spec).partition(":")[0]
@@ -127,4 +160,4 @@ def scheme_of(spec: FormatSpec, module: str) -> Scheme:
     check_choice(f"{module}: granularity of {spec}", spec.granularity, ("tensor", "channel", "group"))
     name = "int-quantized" if spec.bits == 8 and spec.granularity != "group" else "pack-quantized"
     group = spec.size[0] if spec.granularity == "group" else 0
-    return Scheme(name, spec.bits, spec.granularity, spec.symmetric != "asym", group)
+    return Scheme(name, spec.bits, spec.granularity, spec.symmetric != "asym", group, None, spec.indexed)

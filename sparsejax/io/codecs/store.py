@@ -48,6 +48,10 @@ class Store(Protocol):
         """The kernel [in, out] of a map, in the codes and scales stored; ConfigError for what a QTensor cannot hold."""
         ...
 
+    def activation(self, module: str) -> str:
+        """The number format to which the inputs of a map are rounded as they come; "": they stay floats."""
+        ...
+
     def encode(self, module: str, tensor: QTensor) -> dict[str, np.ndarray]:
         """The tensors of a kernel [in, out]; ConfigError for what they cannot hold. Decoding gives the same numbers bitwise."""
         ...
@@ -118,6 +122,10 @@ class PackedSource:
     def packed(self, name: str, dtype: Any) -> QTensor:
         """The kernel [in, out] of a quantized map, to be computed with in `dtype`."""
         return self._named(lambda module, parts: self.store.decode(module, parts, dtype), name)
+
+    def activation(self, name: str) -> str:
+        """The format of what enters a quantized map, see `Store.activation`."""
+        return self.store.activation(name.removesuffix(".weight"))
 
     def read(self, name: str) -> np.ndarray:
         return np.asarray(self.packed(name, np.float32).dequantize()).T if self.is_packed(name) else self._source.read(name)

@@ -151,13 +151,53 @@ def test_a_zero_of_zero_is_for_version_2_alone():
         dataclasses.replace(store, version=1).decode("x", {**parts, "qzeros": np.full_like(parts["qzeros"], -1)}, jnp.float32)
 
 
-def test_activation_order_is_refused_and_what_only_names_it_is_not():
+def sorted_tensor(text, seed=0):
+    """A kernel whose inputs are in groups by some order, as GPTQ's dynamic order leaves it."""
+    tensor, order = quantizer(text)(weight(seed)), np.random.default_rng(seed).permutation(SHAPE[0])
+    index = np.empty((SHAPE[0], 1), np.uint16)
+    index[order, 0] = np.arange(SHAPE[0]) // tensor.spec.size[0]
+    return dataclasses.replace(tensor, spec=dataclasses.replace(tensor.spec, indexed=True), index=jnp.asarray(index))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("gptq", "int4:full15,group=32"), ("gptq_v2", "int3:asym,group=16"), ("compressed-tensors", "int4:asym,group=16")],
+)
+def test_inputs_sorted_into_groups_come_back_bit_for_bit_and_are_named_in_the_config(kind, text):
+    tensor = sorted_tensor(text)
+    store = store_for(kind, tensor.spec)
+    parts, document = store.encode("x", tensor), store.document()
+    suffix = "weight_g_idx" if kind == "compressed-tensors" else "g_idx"
+    assert parts[suffix].dtype == np.int32 and parts[suffix].tolist() == tensor.index[:, 0].tolist()
+    named = document["config_groups"]["group_0"]["weights"]["actorder"] if suffix != "g_idx" else document["desc_act"]
+    assert named == ("group" if suffix != "g_idx" else True)
+    again = READERS[kind.removesuffix("_v2")](document, "c").decode("x", parts, jnp.float32)
+    again.check("x")
+    assert again.spec == tensor.spec
+    jax.tree.map(np.testing.assert_array_equal, again, tensor)
+    # The reader of the card: w[k, n] = (q - z) s of the group that g_idx gives to k.
+    group, codes = np.asarray(tensor.index)[:, 0], np.asarray(tensor.unpacked(), np.float32)
+    zero = 0 if tensor.zero is None else np.asarray(tensor.qparams.zero, np.float32)[group]
+    np.testing.assert_array_equal(again.dequantize(), (codes - zero) * np.asarray(tensor.scale, np.float32)[group])
+
+
+def test_groups_of_neighbours_need_no_index_whatever_the_config_says():
     tensor = quantizer("int4:full15,group=32")(weight(0))
     store = store_for("gptq", tensor.spec)
     parts = store.encode("x", tensor)
-    with pytest.raises(ConfigError, match="out of the order of their groups"):
-        store.decode("x", {**parts, "g_idx": parts["g_idx"][::-1]}, jnp.float32)
-    assert READERS["gptq"]({**store.document(), "desc_act": True}, "c").decode("x", parts, jnp.float32).spec == tensor.spec
+    again = READERS["gptq"]({**store.document(), "desc_act": True}, "c").decode("x", parts, jnp.float32)
+    assert again.spec == tensor.spec and again.index is None
+    with pytest.raises(ConfigError, match=r"x.g_idx: groups of inputs \[3\] = \[2\]: there are 2"):
+        store.decode("x", {**parts, "g_idx": np.where(np.arange(SHAPE[0]) == 3, 2, parts["g_idx"])}, jnp.float32)
+
+
+def test_a_store_without_an_index_refuses_inputs_that_were_sorted():
+    tensor = sorted_tensor("int4:asym,group=16")
+    with pytest.raises(ConfigError, match="indexed of .*the inputs of a group must be neighbours"):
+        store_for("awq", tensor.spec)
+    sorted_fp4 = FormatSpec.parse("mxfp4:indexed")
+    with pytest.raises(ConfigError, match="indexed of mxfp4:indexed = True: is for integers"):
+        store_for("compressed-tensors", sorted_fp4)
 
 
 @pytest.mark.parametrize(("kind", "text"), [CASES[0], CASES[7], CASES[10], CASES[11], CASES[18], CASES[21], CASES[24]])

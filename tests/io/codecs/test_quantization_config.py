@@ -33,6 +33,15 @@ PUBLISHED = [
          "targets": ["Linear"], "input_activations": None, "output_activations": None,
          "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": False,
                      "actorder": "weight", "block_structure": None, "observer": "minmax", "observer_kwargs": {}}}}},
+    # W8A8 and FP8_DYNAMIC of llm-compressor
+    *({"quant_method": "compressed-tensors", "format": name, "ignore": ["lm_head"], "config_groups": {"group_0": {
+        "targets": ["Linear"], "output_activations": None,
+        "input_activations": {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None,
+                              "dynamic": True, "actorder": None, "block_structure": None, "observer": None},
+        "weights": {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False,
+                    "actorder": None, "observer": "minmax"}}}} for name, kind in (("int-quantized", "int"),
+                                                                                  ("float-quantized", "float"))),
+    {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True},
     {"quant_method": "bitsandbytes", "_load_in_4bit": True, "_load_in_8bit": False, "bnb_4bit_compute_dtype": "bfloat16",
      "bnb_4bit_quant_storage": "uint8", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "load_in_4bit": True,
      "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None,

@@ -1,9 +1,10 @@
 """Operand types, and the one `matmul` that chooses its kernel from them.
 
-x is an Array, a SparseActivation, a QuantizedActivation or an OutlierActivation; w an Array, QTensor, NMSparse, LowRank, Sum or Residual. They nest:
-`SparseActivation.values` may be a QuantizedActivation, `Sum.base` a QTensor. A pair is looked up by its exact nested types;
-failing that the outer type is peeled by its defining identity (a SparseActivation is its values with zeros outside the mask, a
-Sum the sum of two products, an OutlierActivation the sum of its few columns and the rest), then quantized operands are dequantized.
+x is an Array, a SparseActivation, a QuantizedActivation or an OutlierActivation; w an Array, QTensor, NMSparse, LowRank, Sum
+or Residual. They nest: `SparseActivation.values` may be a QuantizedActivation, `Sum.base` a QTensor. A pair is looked up by its
+exact nested types; failing that the outer type is peeled by its defining identity (a SparseActivation is its values with zeros
+outside the mask, a Sum the sum of two products, an OutlierActivation the product of its few columns and that of the rest), then
+quantized operands are dequantized.
 A SparseActivation says by which executor it wants to be multiplied: "masked" multiplies its zeros, "gathered" reads the rows of
 w that count (`kernels_pallas.sparse_gemv`), where there are few rows of x.
 Whatever pair is given, the result is the same up to the float tolerance of the executors.

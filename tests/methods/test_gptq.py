@@ -99,7 +99,7 @@ def test_groups_of_the_dynamic_order_are_those_of_the_permuted_kernel():
     order = np.argsort(-np.diag(h), kind="stable")
     sorted_ = solved(kernel[order], h[np.ix_(order, order)], "int3:asym,group=8")
     np.testing.assert_array_equal(np.asarray(found.tensor.dequantize())[order], sorted_.tensor.dequantize())
-    np.testing.assert_array_equal(np.asarray(found.tensor.index)[order, 0], np.arange(32) // 8)
+    np.testing.assert_array_equal(np.asarray(found.tensor.group_of)[order, 0], np.arange(32) // 8)
     assert found.loss == pytest.approx(sorted_.loss, rel=1e-9) and str(found.tensor.spec) == "int3:asym,group=8,indexed"
     # Two bytes more for each input, and nothing else.
     assert found.tensor.nbytes == sorted_.tensor.nbytes + 2 * 32
@@ -107,10 +107,10 @@ def test_groups_of_the_dynamic_order_are_those_of_the_permuted_kernel():
 
 def test_an_index_of_a_group_that_there_is_not_shows_as_nan():
     tensor = solved(*drawn(3), "int3:asym,group=8", "dynamic").tensor
-    damaged = dataclasses.replace(tensor, index=tensor.index.at[5].set(9)).dequantize()
+    damaged = dataclasses.replace(tensor, group_of=tensor.group_of.at[5].set(9)).dequantize()
     assert np.flatnonzero(np.isnan(damaged).any(1)).tolist() == [5]
-    with pytest.raises(ConfigError, match=r"tensor.index = None: int3:asym,group=8,indexed of \(32, 4\) needs"):
-        dataclasses.replace(tensor, index=None).check("tensor")
+    with pytest.raises(ConfigError, match=r"tensor.group_of = None: int3:asym,group=8,indexed of \(32, 4\) needs"):
+        dataclasses.replace(tensor, group_of=None).check("tensor")
 
 
 def test_scales_that_are_quantized_together_are_those_of_the_original_weights():

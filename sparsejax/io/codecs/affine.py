@@ -25,7 +25,7 @@ class Affine(NamedTuple):
     zero: uint8 of the scale's shape; None where each is 2^(bits - 1), which published formats call symmetric.
     bits: of a code, 2 to 8.
     group: inputs that share a scale, the last group may be shorter; 0 where all do.
-    index: uint16[in], the group of each input where these are not neighbours; else None.
+    group_of: uint16[in], the group of each input where these are not neighbours; else None.
     """
 
     codes: np.ndarray
@@ -33,7 +33,7 @@ class Affine(NamedTuple):
     zero: np.ndarray | None
     bits: int
     group: int
-    index: np.ndarray | None = None
+    group_of: np.ndarray | None = None
 
     @property
     def zeros(self) -> np.ndarray:
@@ -70,8 +70,8 @@ def affine(tensor: QTensor) -> Affine:
     if spec.symmetric != "asym":
         codes = (codes + np.int16(2 ** (bits - 1))).astype(np.uint8)
     group = spec.size[0] if spec.granularity == "group" else 0
-    index = None if tensor.index is None else np.asarray(tensor.index)[:, 0]
-    return Affine(codes, np.asarray(tensor.scale), zero, bits, group, index)
+    group_of = None if tensor.group_of is None else np.asarray(tensor.group_of)[:, 0]
+    return Affine(codes, np.asarray(tensor.scale), zero, bits, group, group_of)
 
 
 def tensor_of(integers: Affine, dtype: Any, field: str) -> QTensor:
@@ -80,7 +80,7 @@ def tensor_of(integers: Affine, dtype: Any, field: str) -> QTensor:
     Raises:
       ConfigError: scales of another type, or shapes that do not fit.
     """
-    codes, scale, zero, bits, group, index = integers
+    codes, scale, zero, bits, group, group_of = integers
     rows, columns = codes.shape
     check_choice(f"{field}: type of the scales", str(scale.dtype), [str(dtype) for dtype in _NAMES])
     groups = -(-rows // group) if group else 1
@@ -96,11 +96,11 @@ def tensor_of(integers: Affine, dtype: Any, field: str) -> QTensor:
         ragged="tail" if group and rows % group else "error",
         symmetric="full15" if zero is None else "asym",
         scale=_NAMES[scale.dtype],
-        indexed=index is not None,
+        indexed=group_of is not None,
     )
     if zero is None:
         codes = (codes.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
-    return held(codes, scale, spec, dtype, zero=zero, index=index)
+    return held(codes, scale, spec, dtype, zero=zero, group_of=group_of)
 
 
 def words(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -116,7 +116,7 @@ def from_words(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
     return from_bitstream(np.ascontiguousarray(stream, "<i4").view(np.uint8), bits, count)
 
 
-def index_of(g_idx: np.ndarray, group: int, groups: int, field: str) -> np.ndarray | None:
+def groups_of(g_idx: np.ndarray, group: int, groups: int, field: str) -> np.ndarray | None:
     """The group of each input, uint16[in]; None where groups are of neighbours (no activation order, or static groups).
 
     Args:

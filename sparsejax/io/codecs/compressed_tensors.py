@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.io.codecs.affine import Affine, affine, check_integers, from_words, index_of, tensor_of, words
+from sparsejax.io.codecs.affine import Affine, affine, check_integers, from_words, groups_of, tensor_of, words
 from sparsejax.io.codecs.scheme import Scheme, read_scheme, scheme_of
 from sparsejax.io.codecs.small_floats import decode_fp4, decode_fp8, encode_fp4, encode_fp8
 from sparsejax.io.codecs.store import Parts, known_keys, need, need_matrix
@@ -132,11 +132,11 @@ class CompressedTensors:
             return decode_fp8(module, parts, scheme, (rows, columns), dtype)
         scale = _groups_of(need(parts, "weight_scale", module, None), scheme)
         codes = self._codes(module, parts, scheme)
-        zero, index = self._zeros(module, parts, scheme, scale.shape[0]), None
+        zero, group_of = self._zeros(module, parts, scheme, scale.shape[0]), None
         if "weight_g_idx" in parts:
             stored = need(parts, "weight_g_idx", module, None, (rows,))
-            index = index_of(stored, scheme.group, scale.shape[0], f"{module}.weight_g_idx")
-        return tensor_of(Affine(codes, scale, zero, scheme.bits, scheme.group, index), dtype, module)
+            group_of = groups_of(stored, scheme.group, scale.shape[0], f"{module}.weight_g_idx")
+        return tensor_of(Affine(codes, scale, zero, scheme.bits, scheme.group, group_of), dtype, module)
 
     def _codes(self, module: str, parts: Parts, scheme: Scheme) -> np.ndarray:
         """uint8[in, out]."""
@@ -172,11 +172,11 @@ class CompressedTensors:
         if scheme.format == "float-quantized":
             return encode_fp8(module, tensor)
         check_integers(tensor.spec, module, (scheme.bits,), SCALES, indexed=True)
-        codes, scale, zero, bits, _, index = affine(tensor)
+        codes, scale, zero, bits, _, group_of = affine(tensor)
         half = np.int16(2 ** (bits - 1))
         parts = {"weight_scale": _stored(scale, scheme)}
-        if index is not None:
-            parts["weight_g_idx"] = index.astype(np.int32)
+        if group_of is not None:
+            parts["weight_g_idx"] = group_of.astype(np.int32)
         if zero is not None:
             packs = scheme.packs_zeros
             parts["weight_zero_point"] = words(zero, bits).T if packs else _stored((zero - half).astype(np.int8), scheme)

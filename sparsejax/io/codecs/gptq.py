@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sparsejax.io.codecs.affine import Affine, affine, check_integers, from_words, index_of, tensor_of, words
+from sparsejax.io.codecs.affine import Affine, affine, check_integers, from_words, groups_of, tensor_of, words
 from sparsejax.io.codecs.store import Parts, known_keys, need, need_matrix
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import check
@@ -100,7 +100,7 @@ class Gptq:
         codes = from_words(parts["qweight"].T, self.bits, rows).T
         stored = need(parts, "qzeros", module, np.int32, (groups, columns * self.bits // 32))
         scale = need(parts, "scales", module, None, (groups, columns))
-        index = index_of(need(parts, "g_idx", module, np.int32, (rows,)), self.group, groups, f"{module}.g_idx")
+        group_of = groups_of(need(parts, "g_idx", module, np.int32, (rows,)), self.group, groups, f"{module}.g_idx")
         zero = from_words(stored, self.bits, columns)
         if self.version == 1:
             top = 2**self.bits - 1
@@ -110,7 +110,7 @@ class Gptq:
         half = 2 ** (self.bits - 1)
         if self.symmetric:
             check((zero == half).all(), f"{module}.qzeros: zeros", np.unique(zero)[:4].tolist(), f"sym means {half} for all")
-        return tensor_of(Affine(codes, scale, None if self.symmetric else zero, self.bits, self.group, index), dtype, module)
+        return tensor_of(Affine(codes, scale, None if self.symmetric else zero, self.bits, self.group, group_of), dtype, module)
 
     def activation(self, module: str) -> str:
         return ""
@@ -122,7 +122,9 @@ class Gptq:
             rule = f"allowed are multiples of {32 // np.gcd(32, self.bits)}: codes of {self.bits} bits fill whole words"
             check(count * self.bits % 32 == 0, f"{module}: {name}", count, rule)
         integers = affine(tensor)
-        zero = integers.zeros
+        zero, group_of = integers.zeros, integers.group_of
+        if group_of is None:
+            group_of = np.arange(rows) // (self.group or rows)
         if self.version == 1:
             least = int(zero.min())
             check(least > 0, f"{module}: a zero", least, "checkpoint_format gptq stores zeros less one; allowed is gptq_v2")
@@ -131,7 +133,7 @@ class Gptq:
             "qweight": words(integers.codes.T, self.bits).T,
             "qzeros": words(zero, self.bits),
             "scales": integers.scale,
-            "g_idx": (np.arange(rows) // (self.group or rows) if integers.index is None else integers.index).astype(np.int32),
+            "g_idx": group_of.astype(np.int32),
         }
 
 

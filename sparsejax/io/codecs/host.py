@@ -18,10 +18,10 @@ from sparsejax.quantized_arrays import QTensor, packed
 def held(
     codes: np.ndarray, scale: np.ndarray, spec: FormatSpec, dtype: Any, *,
     zero: np.ndarray | None = None, second: np.ndarray | None = None, mean: np.ndarray | None = None,
-    index: np.ndarray | None = None,
+    group_of: np.ndarray | None = None,
 ) -> QTensor:  # fmt: skip
-    """The QTensor of codes [in, out] and of parameters as `ops.formats.scales.QParams` has them, as stored; index [in]."""
-    column = None if index is None else index[:, None]
+    """The QTensor of codes [in, out] and of parameters as `ops.formats.scales.QParams` has them, as stored; group_of [in]."""
+    column = None if group_of is None else group_of[:, None]
     optional = (None if part is None else jnp.asarray(part) for part in (zero, second, mean, column))
     parameters = QParams(jnp.asarray(scale), *optional)
     return _packed(jnp.asarray(codes), parameters, spec, (codes.shape[0], codes.shape[1]), np.dtype(dtype))

@@ -58,13 +58,13 @@ class Sweep(NamedTuple):
       order: int[in], the inputs in the order in which they are rounded.
       groups: int, the groups of scales along the inputs in the order in which they are reached.
       inverse: of the Hessian in that order.
-      index: uint16[in], the group of each input where groups are not of neighbours.
+      group_of: uint16[in], the group of each input where groups are not of neighbours.
     """
 
     order: np.ndarray
     groups: np.ndarray
     inverse: Factor
-    index: np.ndarray | None = None
+    group_of: np.ndarray | None = None
 
 
 class Solved(NamedTuple):
@@ -89,7 +89,7 @@ def sweep_of(hessian: Float[np.ndarray, "in in"], group: int, order: str = "none
     falling = -np.diag(hessian)
     numbers = np.arange(-(-inputs // size))
     rows = np.arange(inputs)
-    index = None
+    group_of = None
     if order in ("static", "dynamic"):
         rows = np.argsort(falling, kind="stable")
     elif order == "group":
@@ -99,9 +99,9 @@ def sweep_of(hessian: Float[np.ndarray, "in in"], group: int, order: str = "none
         members = [rows[number * size : (number + 1) * size] for number in numbers]
         rows = np.concatenate([part[np.argsort(falling[part], kind="stable")] for part in members])
     if order == "dynamic":
-        index = np.empty(inputs, np.uint16)
-        index[rows] = np.arange(inputs) // size
-    return Sweep(rows, numbers, factor(hessian[np.ix_(rows, rows)], damping), index)
+        group_of = np.empty(inputs, np.uint16)
+        group_of[rows] = np.arange(inputs) // size
+    return Sweep(rows, numbers, factor(hessian[np.ix_(rows, rows)], damping), group_of)
 
 
 def gptq(
@@ -130,8 +130,8 @@ def gptq(
     rounding = _Rounding(np.asarray(kernel, np.float32), sweep, spec, parameters, search)
     obs_sweep(kernel[sweep.order], sweep.inverse, rounding, block)
     codes, found = rounding.result()
-    if sweep.index is not None:
-        spec, found = replace(spec, indexed=True), found._replace(index=jnp.asarray(sweep.index[:, None]))
+    if sweep.group_of is not None:
+        spec, found = replace(spec, indexed=True), found._replace(group_of=jnp.asarray(sweep.group_of[:, None]))
     return Solved(packed(codes, found, spec, kernel.shape, dtype), rounding.loss)  # type: ignore[arg-type]
 
 

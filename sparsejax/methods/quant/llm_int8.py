@@ -104,7 +104,7 @@ class LlmInt8(Pass):
 
 def _largest(model: Model, work: Work, sites: Sequence[str]) -> dict[str, np.ndarray]:
     """max |x_k| of what enters each site; a piece per layer."""
-    blocks, found = Blocks(model), {}
+    blocks, found = Blocks(model), dict[str, np.ndarray]()
     streams = [blocks.embed(tokens) for tokens in batches_of(work.calibration)]
     for layer in work.layers("outliers", len(blocks)):
         here = [site for site in sites if site.startswith(f"blocks.{layer}.")]

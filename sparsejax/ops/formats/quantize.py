@@ -87,12 +87,12 @@ def encode(
     if (rows, columns) != x.shape[-2:]:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, columns - x.shape[-1])])
     exact = effective(parameters, spec)
-    index = parameters.index
-    scale = spread(jnp.where(exact == 0, 1, exact), spec, x.shape[-2:], index)
+    group_of = parameters.group_of
+    scale = spread(jnp.where(exact == 0, 1, exact), spec, x.shape[-2:], group_of)
     x, grid = x.astype(jnp.float32), spec.grid
     if parameters.zero is None:
         return grid.encode(x / scale, spec.rounding, key)
-    zero = spread(parameters.zero.astype(jnp.float32), spec, x.shape[-2:], index)
+    zero = spread(parameters.zero.astype(jnp.float32), spec, x.shape[-2:], group_of)
     assert isinstance(grid, Integers)
     if spec.zero == "int":
         return grid.encode(x / scale, spec.rounding, key, zero)
@@ -108,12 +108,12 @@ def decode(
       codes, parameters: of `encode` and `qparams`.
       shape: the trailing (rows, columns) of the array; needed where `ragged` is `pad`.
     """
-    filled, index = codes.shape[-2:], parameters.index
-    scale, numbers = spread(effective(parameters, spec), spec, filled, index), spec.grid.decode(codes)
+    filled, group_of = codes.shape[-2:], parameters.group_of
+    scale, numbers = spread(effective(parameters, spec), spec, filled, group_of), spec.grid.decode(codes)
     if parameters.zero is None:
         numbers = numbers * scale
     else:
-        zero = spread(parameters.zero.astype(jnp.float32), spec, filled, index)
+        zero = spread(parameters.zero.astype(jnp.float32), spec, filled, group_of)
         numbers = numbers * scale + zero if spec.zero == "min" else (numbers - zero) * scale
     return numbers if shape is None or shape == filled else numbers[..., : shape[0], : shape[1]]
 
@@ -221,17 +221,17 @@ def _reduced(x: Array, block: tuple[int, int], how: str) -> Array:
     return found / jnp.asarray(counts).reshape((1,) * (found.ndim - 2) + counts.shape)
 
 
-def spread(groups: Array, spec: FormatSpec, shape: tuple[int, ...], index: Array | None = None) -> Array:
+def spread(groups: Array, spec: FormatSpec, shape: tuple[int, ...], group_of: Array | None = None) -> Array:
     """A value per group as one per entry of a matrix of this shape, or as an array that broadcasts to that.
 
     Args:
       groups: [..., groups along -2, groups along -1], e.g. `scales.effective`.
       shape: the trailing (rows, columns).
-      index: of `QParams`, for an `indexed` format; a row of a group that there is not becomes NaN.
+      group_of: of `QParams`, for an `indexed` format; a row of a group that there is not becomes NaN.
     """
     if spec.indexed:
-        assert index is not None
-        return jnp.take_along_axis(groups, index.astype(jnp.int32), axis=-2)
+        assert group_of is not None
+        return jnp.take_along_axis(groups, group_of.astype(jnp.int32), axis=-2)
     for axis, size, length in zip((-2, -1), spec.block(shape), shape, strict=True):
         if groups.shape[axis] > 1 and size > 1:
             groups = jax.lax.slice_in_dim(jnp.repeat(groups, size, axis=axis), 0, length, axis=axis)

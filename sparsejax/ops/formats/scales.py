@@ -27,14 +27,14 @@ class QParams(NamedTuple):
     zero: of the same shape, or None: uint8 codes, or floats in the scale's dtype.
     second: float32, or None: G [..., 1, 1] of `two_level`, or the scales [..., 1, ceil(groups / 256)] of `double`.
     mean: float32[..., 1, 1] that `double` takes off the scales, or None.
-    index: uint16 [..., rows, 1], the group of each row of an `indexed` format, or None.
+    group_of: uint16 [..., rows, 1], the group of each row of an `indexed` format, or None.
     """
 
     scale: Array
     zero: Array | None = None
     second: Array | None = None
     mean: Array | None = None
-    index: Array | None = None
+    group_of: Array | None = None
 
 
 def shared_exponent(magnitude: Float[Array, "*groups"], greatest: float, rule: str) -> UInt8[Array, "*groups"]:

@@ -156,7 +156,7 @@ def sorted_tensor(text, seed=0):
     tensor, order = quantizer(text)(weight(seed)), np.random.default_rng(seed).permutation(SHAPE[0])
     index = np.empty((SHAPE[0], 1), np.uint16)
     index[order, 0] = np.arange(SHAPE[0]) // tensor.spec.size[0]
-    return dataclasses.replace(tensor, spec=dataclasses.replace(tensor.spec, indexed=True), index=jnp.asarray(index))
+    return dataclasses.replace(tensor, spec=dataclasses.replace(tensor.spec, indexed=True), group_of=jnp.asarray(index))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_inputs_sorted_into_groups_come_back_bit_for_bit_and_are_named_in_the_co
     store = store_for(kind, tensor.spec)
     parts, document = store.encode("x", tensor), store.document()
     suffix = "weight_g_idx" if kind == "compressed-tensors" else "g_idx"
-    assert parts[suffix].dtype == np.int32 and parts[suffix].tolist() == tensor.index[:, 0].tolist()
+    assert parts[suffix].dtype == np.int32 and parts[suffix].tolist() == tensor.group_of[:, 0].tolist()
     named = document["config_groups"]["group_0"]["weights"]["actorder"] if suffix != "g_idx" else document["desc_act"]
     assert named == ("group" if suffix != "g_idx" else True)
     again = READERS[kind.removesuffix("_v2")](document, "c").decode("x", parts, jnp.float32)
@@ -176,7 +176,7 @@ def test_inputs_sorted_into_groups_come_back_bit_for_bit_and_are_named_in_the_co
     assert again.spec == tensor.spec
     jax.tree.map(np.testing.assert_array_equal, again, tensor)
     # The reader of the card: w[k, n] = (q - z) s of the group that g_idx gives to k.
-    group, codes = np.asarray(tensor.index)[:, 0], np.asarray(tensor.unpacked(), np.float32)
+    group, codes = np.asarray(tensor.group_of)[:, 0], np.asarray(tensor.unpacked(), np.float32)
     zero = 0 if tensor.zero is None else np.asarray(tensor.qparams.zero, np.float32)[group]
     np.testing.assert_array_equal(again.dequantize(), (codes - zero) * np.asarray(tensor.scale, np.float32)[group])
 
@@ -186,7 +186,7 @@ def test_groups_of_neighbours_need_no_index_whatever_the_config_says():
     store = store_for("gptq", tensor.spec)
     parts = store.encode("x", tensor)
     again = READERS["gptq"]({**store.document(), "desc_act": True}, "c").decode("x", parts, jnp.float32)
-    assert again.spec == tensor.spec and again.index is None
+    assert again.spec == tensor.spec and again.group_of is None
     with pytest.raises(ConfigError, match=r"x.g_idx: groups of inputs \[3\] = \[2\]: there are 2"):
         store.decode("x", {**parts, "g_idx": np.where(np.arange(SHAPE[0]) == 3, 2, parts["g_idx"])}, jnp.float32)
 

@@ -21,6 +21,7 @@ def rows_of(weight: QTensor) -> Rows:
     """The rows of a QTensor of two axes; what they stand for is `dequantize`'s up to the order of float32 operations.
 
     Scales and zeros are applied to the sums of the rows that share them: sum x_k (q_k - z) s = (sum x_k q_k - z sum x_k) s.
+    Rows of an `indexed` format, whose groups are no neighbours, are taken one at a time.
     """
     spec, (features, outputs) = weight.spec, weight.shape
     height, breadth = spec.block(weight.shape)
@@ -31,6 +32,8 @@ def rows_of(weight: QTensor) -> Rows:
     read, width = _reader(weight)
 
     def at(array: Array, g: Any) -> Array:
+        if spec.indexed:
+            g = parameters.group_of[g, 0].astype(jnp.int32)  # type: ignore[index]
         return lax.dynamic_index_in_dim(array, g, keepdims=True)
 
     def laid_out(shared: Float[Array, "1 groups"]) -> Float[Array, "lanes n"]:
@@ -47,7 +50,8 @@ def rows_of(weight: QTensor) -> Rows:
         zero = laid_out(at(parameters.zero, g).astype(jnp.float32))[None] * weights[:, None, None]
         return total * scale + zero if spec.zero == "min" else (total - zero) * scale
 
-    return Rows(weight.shape, min(height, features), width, lambda k: spec.grid.decode(read(k)), finish, join(outputs))
+    together = 1 if spec.indexed else min(height, features)
+    return Rows(weight.shape, together, width, lambda k: spec.grid.decode(read(k)), finish, join(outputs))
 
 
 def integer_rows_of(weight: QTensor) -> Rows:

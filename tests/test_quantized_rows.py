@@ -44,6 +44,17 @@ def test_every_format_gives_the_product_of_what_it_stands_for(spec, lead):
         close(product(SparseActivation(x, mask, executor="gathered"), w), exact(jnp.where(mask, x, 0), w))
 
 
+def test_rows_of_groups_that_are_no_neighbours_have_the_scales_of_their_group():
+    rng, plain = np.random.default_rng(0), stored("int4:asym,group=16,ragged=tail")
+    group_of = jnp.asarray(rng.permutation(np.arange(SHAPE[0]) // 16)[:, None], jnp.uint16)
+    w = dataclasses.replace(plain, spec=dataclasses.replace(plain.spec, indexed=True), group_of=group_of)
+    x = jnp.asarray(rng.normal(size=(2, SHAPE[0])), jnp.float32)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-3)
+    close(product(x, w), exact(x, w))
+    mask = jnp.asarray(rng.random(x.shape) < 0.3)
+    close(product(SparseActivation(x, mask, executor="gathered"), w), exact(jnp.where(mask, x, 0), w))
+
+
 @pytest.mark.parametrize("spec", ["int8", "int4", "ternary"])
 def test_products_of_integers_are_exact_however_many_rows(spec):
     rng, w = np.random.default_rng(0), stored(spec, shape=(2100, 5))

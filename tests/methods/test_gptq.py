@@ -109,6 +109,8 @@ def test_an_index_of_a_group_that_there_is_not_shows_as_nan():
     tensor = solved(*drawn(3), "int3:asym,group=8", "dynamic").tensor
     damaged = dataclasses.replace(tensor, group_of=tensor.group_of.at[5].set(9)).dequantize()
     assert np.flatnonzero(np.isnan(damaged).any(1)).tolist() == [5]
+    with pytest.raises(ConfigError, match="tensor.group_of = 9: there are scales of 4 groups"):
+        dataclasses.replace(tensor, group_of=tensor.group_of.at[5].set(9)).check("tensor")
     with pytest.raises(ConfigError, match=r"tensor.group_of = None: int3:asym,group=8,indexed of \(32, 4\) needs"):
         dataclasses.replace(tensor, group_of=None).check("tensor")
 

@@ -9,6 +9,7 @@ from sparsejax.compress.calibration import Calibration, CalibrationSpec
 from sparsejax.compress.recipe import TIERS, Work, check_recipe, run_recipe
 from sparsejax.evaluate.scoring import Row, Scorer
 from sparsejax.io import model_folder
+from sparsejax.io.export_hf import write_hf
 from sparsejax.methods.quant.kv_cache import KvCache, with_cache_format
 from sparsejax.methods.quant.rtn import Rtn
 from sparsejax.models.serving import cache_bytes
@@ -32,14 +33,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def losses(model):
-    models = {"dense": model} | {arg: run_recipe(recipe.get_recipe(arg), model, work()) for arg in ("int8", "int4", "int2")}
+    models = {"dense": model} | {arg: run_recipe(recipe.get_recipe(arg), model, work()) for arg in ("int8", "int4")}
     return {name: Scorer(one).score([Row(row, 1) for row in TOKENS]).nll / 31 for name, one in models.items()}
 
 
 def test_fewer_bits_lose_more_and_eight_nearly_nothing(losses):
     error = {name: np.abs(found - losses["dense"]).mean() for name, found in losses.items()}
-    assert 0 < error["int8"] < error["int4"] / 4 and error["int4"] < error["int2"] / 2, error
-    assert error["int8"] < 0.02
+    assert 0 < error["int8"] < error["int4"] / 4 and error["int8"] < 0.02, error
 
 
 def test_the_folder_keeps_the_format_and_scores_the_same_bits(model, losses, tmp_path):
@@ -53,6 +53,11 @@ def test_the_folder_keeps_the_format_and_scores_the_same_bits(model, losses, tmp
     note = using.notes["1-kvcache"]
     assert (note["token_bytes"], note["token_bytes_before"]) == (2 * 2 * 2 * 8, 2 * 2 * 2 * 32)
     assert note["bits_per_number"] == 8 and cache_bytes(again.config) == 64
+
+
+def test_a_published_config_that_has_no_word_for_the_cache_refuses_it_by_name(model, tmp_path):
+    with pytest.raises(ConfigError, match="cannot express model.attention.cache_format = 'int8:token'"):
+        write_hf(with_cache_format(model, "int8:token"), tmp_path / "hf")
 
 
 def test_formats_that_do_not_fit_are_refused_before_any_work(model):

@@ -152,15 +152,16 @@ def test_without_clipping_the_loss_is_at_most_that_of_half_steps():
 
 @pytest.mark.parametrize("text", ["int4", "int3:asym,group=8", "mxfp4"])
 def test_over_many_maps_compensation_and_order_each_lower_the_error(text):
-    losses = {"rtn": 0.0, **dict.fromkeys(module.ORDERS, 0.0)}
+    orders = [order for order in module.ORDERS if order != "dynamic" or text in SORTABLE or "group" in text]
+    losses = {"rtn": 0.0, **dict.fromkeys(orders, 0.0)}
     for seed in range(6):
         kernel, h = drawn(seed)
-        kernels = {order: dequantized(solved(kernel, h, text, order).tensor) for order in module.ORDERS}
+        kernels = {order: dequantized(solved(kernel, h, text, order).tensor) for order in orders}
         kernels["rtn"] = fake(jnp.asarray(kernel), FormatSpec.parse(text))
         for name, other in kernels.items():
             error = kernel - np.asarray(other, np.float64)
             losses[name] += np.trace(error.T @ h @ error)
-    assert losses["none"] < 0.8 * losses["rtn"] and max(losses["static"], losses["group"]) < losses["none"]
+    assert losses["none"] < 0.8 * losses["rtn"] and max(losses[order] for order in orders[1:]) < losses["none"], losses
 
 
 def test_order_by_groups_keeps_groups_whole_and_the_short_one_last():

@@ -159,13 +159,13 @@ def packed(
 
 
 def fit_side_by_side(tensors: Sequence[QTensor]) -> bool:
-    """Whether `side_by_side` can take them: one format, scales of every output that are not quantized again, rows of whole
-    bytes."""
+    """Whether `side_by_side` can take them: one format, scales of every output that are not quantized again, groups of
+    neighbours (others may differ from map to map), rows of whole bytes."""
     spec = tensors[0].spec
     alike = len({(one.spec, one.shape[0], one.codes.shape[:-2], one.dtype) for one in tensors}) == 1
     by_output = spec.granularity == "channel" or (spec.granularity == "group" and spec.axis == -2)
     whole = all(one.shape[1] % codes_together(spec.bits, spec.element == "ternary") == 0 for one in tensors)
-    plain = spec.second == "none" and all(one.surrogate is None for one in tensors)
+    plain = spec.second == "none" and not spec.indexed and all(one.surrogate is None for one in tensors)
     return alike and by_output and whole and plain
 
 

@@ -193,3 +193,5 @@ def test_weights_that_share_bytes_or_scales_stay_apart():
     assert not fit_side_by_side(pair("int4", "int4", out=(39, 80)))
     for spec in ("int8:tensor", "int4:group=8,axis=-1", "nf4:group=16,double", "nvfp4"):
         assert not fit_side_by_side(pair(spec, spec))
+    indexed = [dataclasses.replace(one, spec=FormatSpec.parse("int4:group=8,indexed")) for one in pair(*["int4:group=8"] * 2)]
+    assert not fit_side_by_side(indexed)

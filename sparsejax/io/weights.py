@@ -68,7 +68,7 @@ def input_rules(config: ModelConfig, family: Family, source: TensorSource) -> tu
     """Rules of `model.inputs` for the maps of a checkpoint whose activations are quantized; none of most."""
     if not isinstance(source, PackedSource):
         return ()
-    structure, shapes = nnx_compat.abstract(lambda: Transformer(config, jax.random.key(0)))
+    structure, shapes = abstract_transformer(config)
     slots = parameter_slots(nnx_compat.merge(structure, shapes), structure.paths)
     names = Names(family, source)
     entries = expand(family.entries(config), config, set(slots), family.experts(config))

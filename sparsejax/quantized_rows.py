@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels_pallas.sparse_gemv.rows import Rows
+from kernels_pallas.sparse_gemv.rows import Lanes, Rows
 from sparsejax.ops.formats.packing import bit_lanes, in_order, trit_lanes
 from sparsejax.ops.formats.scales import effective
 from sparsejax.quantized_arrays import QTensor
@@ -36,45 +36,47 @@ def rows_of(weight: QTensor) -> Rows:
             g = parameters.group_of[g, 0].astype(jnp.int32)  # type: ignore[index]
         return lax.dynamic_index_in_dim(array, g, keepdims=True)
 
-    def laid_out(shared: Float[Array, "1 groups"]) -> Float[Array, "lanes n"]:
+    def laid_out(shared: Float[Array, "1 groups"]) -> list[Float[Array, "1 n"]]:
         """Numbers of groups of columns by lane, as `read` has its numbers."""
         every = jnp.broadcast_to(jnp.repeat(shared[0], breadth)[:columns], columns)
         filled = jnp.pad(every, (0, width[0] * width[1] - columns))
-        return filled.reshape(width[1], width[0]).T
+        return [filled[None, lane :: width[0]] for lane in range(width[0])]
 
-    def finish(g: Any, total: Float[Array, "B lanes n"], weights: Float[Array, " B"]) -> Float[Array, "B lanes n"]:
+    def finish(g: Any, total: Lanes, weights: Float[Array, " B"]) -> Lanes:
         own = parameters._replace(scale=at(parameters.scale, g))
-        scale = laid_out(effective(own, spec) if whole is None else at(whole, g))[None]
+        scales = laid_out(effective(own, spec) if whole is None else at(whole, g))
         if parameters.zero is None:
-            return total * scale
-        zero = laid_out(at(parameters.zero, g).astype(jnp.float32))[None] * weights[:, None, None]
-        return total * scale + zero if spec.zero == "min" else (total - zero) * scale
+            return tuple(lane * scale for lane, scale in zip(total, scales, strict=True))
+        zeros = [zero * weights[:, None] for zero in laid_out(at(parameters.zero, g).astype(jnp.float32))]
+        ordered = zip(total, scales, zeros, strict=True)
+        if spec.zero == "min":
+            return tuple(lane * scale + zero for lane, scale, zero in ordered)
+        return tuple((lane - zero) * scale for lane, scale, zero in ordered)
 
     together = 1 if spec.indexed else min(height, features)
-    return Rows(weight.shape, together, width, lambda k: spec.grid.decode(read(k)), finish, join(outputs))
+    return Rows(weight.shape, together, width, lambda k: tuple(map(spec.grid.decode, read(k))), finish, join(outputs))
 
 
 def integer_rows_of(weight: QTensor) -> Rows:
     """The codes of a QTensor whose format multiplies as integers, as int32; scales are left to the caller."""
     read, width = _reader(weight)
-    as_integers = partial(jnp.asarray, dtype=jnp.int32)
-    return Rows(weight.shape, weight.shape[0], width, lambda k: as_integers(read(k)), lambda g, total, weights: total,
-                join(weight.shape[1]))  # fmt: skip
+    return Rows(weight.shape, weight.shape[0], width, lambda k: tuple(lane.astype(jnp.int32) for lane in read(k)),
+                lambda g, total, weights: total, join(weight.shape[1]))  # fmt: skip
 
 
-def join(outputs: int) -> Callable[[Array], Array]:
-    """[..., lanes, n] -> [..., outputs]."""
+def join(outputs: int) -> Callable[[Lanes], Array]:
+    """[B, n] by lane -> [B, outputs]."""
     return partial(in_order, count=outputs)
 
 
-def _reader(weight: QTensor) -> tuple[Callable[[Any], Array], tuple[int, int]]:
-    """(k -> the codes of row k [lanes, n], their shape)."""
+def _reader(weight: QTensor) -> tuple[Callable[[Any], list[Array]], tuple[int, int]]:
+    """(k -> the codes of row k by lane, (lanes, codes of each))."""
     spec = weight.spec
 
-    def lanes(packed: Array) -> Array:
+    def lanes(packed: Array) -> list[Array]:
         if spec.element == "ternary":
             return trit_lanes(packed)
-        return packed[None] if spec.bits == 8 else bit_lanes(packed, spec.bits, spec.grid.signed)
+        return [packed] if spec.bits == 8 else bit_lanes(packed, spec.bits, spec.grid.signed)
 
-    rows, columns = jax.eval_shape(lanes, jax.ShapeDtypeStruct(weight.codes.shape[-1:], weight.codes.dtype)).shape
-    return lambda k: lanes(lax.dynamic_index_in_dim(weight.codes, k, keepdims=False)), (rows, columns)
+    shapes = jax.eval_shape(lanes, jax.ShapeDtypeStruct(weight.codes.shape[-1:], weight.codes.dtype))
+    return lambda k: lanes(lax.dynamic_index_in_dim(weight.codes, k, keepdims=False)), (len(shapes), shapes[0].shape[0])

@@ -25,7 +25,7 @@ def sparse_gemv_loop(x, mask, w, *, preferred_element_type=None):
 
 
 def _loop(x, counts, rows):
-    """float[B, lanes, n]: the sum over rows k where `counts` of x[:, k] times row k."""
+    """float[B, n] by lane: the sum over rows k where `counts` of x[:, k] times row k."""
     features, unroll = rows.shape[0], max(2, UNROLL // rows.width[0])
     index = jnp.arange(features)
     before = jnp.cumsum(counts)
@@ -43,12 +43,13 @@ def _loop(x, counts, rows):
             for step in range(unroll):
                 at = first + number * unroll + step
                 k = kept[jnp.minimum(at, end - 1)]  # what fills the last turn is the last of them again, with value 0
-                value = jnp.where(at < end, x[:, k], 0)
-                total += value[:, None, None] * rows.read(k)[None]
-            return total
+                value = jnp.where(at < end, x[:, k], 0)[:, None]
+                total = [lane + value * numbers[None] for lane, numbers in zip(total, rows.read(k), strict=True)]
+            return tuple(total)
 
-        total = lax.fori_loop(0, (end - first + unroll - 1) // unroll, turn, jnp.zeros_like(y))
-        return y + rows.finish(g, total, sums[:, g])
+        total = lax.fori_loop(0, (end - first + unroll - 1) // unroll, turn, tuple(jnp.zeros_like(lane) for lane in y))
+        return tuple(lane + share for lane, share in zip(y, rows.finish(g, total, sums[:, g]), strict=True))
 
-    y = jnp.zeros((x.shape[0], *rows.width), x.dtype)
+    lanes, width = rows.width
+    y = (jnp.zeros((x.shape[0], width), x.dtype),) * lanes
     return group(0, y) if groups == 1 else lax.fori_loop(0, groups, group, y)

@@ -9,6 +9,8 @@ Ternary digits go five to a byte in base 3 (3^5 = 243), the first the least: 1.6
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped, UInt8
 
@@ -46,8 +48,8 @@ def unpack_bits(packed: UInt8[Array, "*lead packed"], bits: int, count: int, sig
     return in_order(bit_lanes(packed, bits, signed), count)
 
 
-def bit_lanes(packed: UInt8[Array, "*lead packed"], bits: int, signed: bool) -> Int[Array, "*lead lanes n"]:
-    """The codes by their places within the whole bytes that they fill: code j is at [j % lanes, j // lanes]."""
+def bit_lanes(packed: UInt8[Array, "*lead packed"], bits: int, signed: bool) -> list[Array]:
+    """The codes by their places in the bytes that they fill: code j is entry j // lanes [..., n] of lane j % lanes."""
     lanes = _lanes(bits)
     width = lanes * bits // 8
     groups = _padded(packed, width).reshape(*packed.shape[:-1], -1, width)
@@ -58,15 +60,14 @@ def bit_lanes(packed: UInt8[Array, "*lead packed"], bits: int, signed: bool) -> 
         if shift + bits > 8:
             code = code | groups[..., byte + 1] << (8 - shift)
         codes.append(code)
-    found = jnp.stack(codes, axis=-2)
     if signed:
-        return (found << (8 - bits)).view(jnp.int8) >> (8 - bits)
-    return found & jnp.uint8(2**bits - 1)
+        return [(code << (8 - bits)).view(jnp.int8) >> (8 - bits) for code in codes]
+    return [code & jnp.uint8(2**bits - 1) for code in codes]
 
 
-def in_order(lanes: Shaped[Array, "*lead lanes n"], count: int) -> Shaped[Array, "*lead count"]:
+def in_order(lanes: Sequence[Shaped[Array, "*lead n"]], count: int) -> Shaped[Array, "*lead count"]:
     """Lanes of `bit_lanes` or `trit_lanes` as they follow each other."""
-    return jnp.swapaxes(lanes, -1, -2).reshape(*lanes.shape[:-2], -1)[..., :count]
+    return jnp.stack(lanes, axis=-1).reshape(*lanes[0].shape[:-1], -1)[..., :count]
 
 
 def pack_trits(codes: Int[Array, "*lead count"]) -> UInt8[Array, "*lead packed"]:
@@ -83,10 +84,10 @@ def unpack_trits(packed: UInt8[Array, "*lead packed"], count: int) -> Int[Array,
     return in_order(trit_lanes(packed), count)
 
 
-def trit_lanes(packed: UInt8[Array, "*lead packed"]) -> Int[Array, "*lead lanes n"]:
+def trit_lanes(packed: UInt8[Array, "*lead packed"]) -> list[Array]:
     """The digits by their places within a byte, see `bit_lanes`."""
     digits = [(packed // jnp.uint8(3**digit)) % jnp.uint8(3) for digit in range(TRITS)]
-    return jnp.stack(digits, axis=-2).astype(jnp.int8) - jnp.int8(1)
+    return [digit.astype(jnp.int8) - jnp.int8(1) for digit in digits]
 
 
 def codes_together(bits: int, ternary: bool = False) -> int:

@@ -278,7 +278,7 @@ def _count(x: Any) -> int:
 
 def _reads_rows(x: Any, w: Any, groups: Any) -> bool:
     """Whether w is multiplied as it is stored: few rows of x, and no product of integers that would be exact."""
-    few = isinstance(w, QTensor) and w.ndim == 2 and groups is None and _count(x) <= FEW_ROWS
+    few = isinstance(w, QTensor) and w.ndim == 2 and groups is None and 0 < _count(x) <= FEW_ROWS
     values = x.values if isinstance(x, SparseActivation) else x
     return few and not (isinstance(values, QuantizedActivation) and w.spec.multiplies_as_integers)
 
@@ -394,7 +394,7 @@ def _integer_product(codes: Array, w: QTensor, groups: Any) -> Int[Array, "... o
     def loop(codes: Array, w: QTensor) -> Array:
         return sparse_gemv_loop(codes.astype(jnp.int32), None, integer_rows_of(w))
 
-    if w.ndim != 2 or groups is not None or _count(codes) > FEW_ROWS:
+    if w.ndim != 2 or groups is not None or not 0 < _count(codes) <= FEW_ROWS:
         return whole(codes, w)
     return jax.lax.platform_dependent(codes, w, cpu=loop, default=whole)
 
@@ -438,6 +438,10 @@ _gathered_product.defvjp(_gathered_forward, _gathered_backward)
 def _stored_product(out_dtype: Any, x: Any, w: QTensor) -> Array:
     """Few rows times a weight in its format. On CPU its packed rows are read one by one: dequantized first, the weight would be
     written and read as floats for every token. Elsewhere XLA fuses what it can."""
+    return _stored_forward(out_dtype, x, w)
+
+
+def _stored_forward(out_dtype: Any, x: Any, w: QTensor) -> Array:
     loop = functools.partial(_stored_rows, out_dtype)
     return jax.lax.platform_dependent(x, w, cpu=loop, default=functools.partial(_dequantized_product, out_dtype))
 
@@ -459,7 +463,7 @@ def _stored_backward(out_dtype: Any, operands: tuple[Any, QTensor], g: Array) ->
     return pull(g)
 
 
-_stored_product.defvjp(lambda out_dtype, x, w: (_stored_product(out_dtype, x, w), (x, w)), _stored_backward)
+_stored_product.defvjp(lambda out_dtype, x, w: (_stored_forward(out_dtype, x, w), (x, w)), _stored_backward)
 
 _KERNELS: dict[tuple[str, str], Callable[..., Array]] = {
     ("Array", "Array"): _array_array,

@@ -106,12 +106,12 @@ class QTensor:
         wanted = jax.eval_shape(lambda w: qtensor(w, deterministic), weight)
         if self.spec.indexed:
             wanted.group_of = jax.ShapeDtypeStruct((*lead, self.shape[0], 1), jnp.uint16)
-        if isinstance(self.group_of, jax.Array) and not isinstance(self.group_of, jax.core.Tracer) and self.spec.indexed:
-            groups, highest = self.scale.shape[-2], int(jnp.max(self.group_of))
-            check(highest < groups, f"{field}.group_of", highest, f"there are scales of {groups} groups")
         for name in _ARRAYS:
             have, want = (_described(getattr(tensor, name)) for tensor in (self, wanted))
             check(have == want, f"{field}.{name}", have, f"{self.spec} of {self.shape} needs {want}")
+        if isinstance(self.group_of, jax.Array) and not isinstance(self.group_of, jax.core.Tracer) and self.spec.indexed:
+            groups, highest = self.scale.shape[-2], int(jnp.max(self.group_of))
+            check(highest < groups, f"{field}.group_of", highest, f"there are scales of {groups} groups")
 
     def _stored(self) -> list[Array]:
         return [part for name in _ARRAYS if (part := getattr(self, name)) is not None]

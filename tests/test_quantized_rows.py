@@ -102,3 +102,14 @@ def test_gradients_are_those_of_the_dequantized_product():
     through = 2 * exact(jnp.where(mask, x, 0), w) @ np.asarray(w.dequantize(), np.float64).T
     for gradient, expected in (("masked", np.where(mask, through, 0)), ("straight_through", through)):
         np.testing.assert_allclose(jax.jit(jax.grad(loss), static_argnums=1)(x, gradient), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_rows_give_no_rows_and_gradients_have_derivatives():
+    w = stored("int4:full15")
+    assert product(jnp.zeros((0, SHAPE[0])), w).shape == (0, SHAPE[1])
+    codes = QuantizedActivation(jnp.zeros((0, SHAPE[0]), jnp.int8), jnp.zeros((0, 1)), None, jnp.dtype("float32"))
+    assert product(codes, w).shape == (0, SHAPE[1])
+    x = jnp.ones((2, SHAPE[0]))
+    turned = jax.jvp(jax.grad(lambda x: jnp.sum(jnp.square(matmul(x, w)))), (x,), (x,))[1]
+    dense = np.asarray(w.dequantize(), np.float64)
+    np.testing.assert_allclose(turned, 2 * np.asarray(x) @ dense @ dense.T, rtol=1e-4, atol=1e-2)

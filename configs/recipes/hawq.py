@@ -15,11 +15,14 @@ from sparsejax.compress.recipe import Pass
 from sparsejax.methods.quant.gptq import Gptq
 from sparsejax.methods.quant.hawq import CURVATURES, Hawq
 from sparsejax.methods.quant.rtn import Rtn
+from sparsejax.plugs import check
 
 
 def get_recipe(arg: str = "") -> list[Pass]:
     budget, *parts = arg.split("/")
     options = [part for part in parts if part in (*CURVATURES, "gptq")]
-    curvature = next((option for option in options if option != "gptq"), "trace")
+    chosen = [option for option in options if option != "gptq"]
+    check(len(chosen) <= 1, "hawq: options", chosen, "exclude each other; give one")
+    curvature = chosen[0] if chosen else "trace"
     plan = Hawq(budget or "4.25bits", menu_of(part for part in parts if part not in options), curvature=curvature)
     return [Gptq(plan) if "gptq" in options else Rtn(plan)]

@@ -10,9 +10,12 @@ from sparsejax.compress.bit_allocation import menu_of
 from sparsejax.compress.recipe import Pass
 from sparsejax.methods.quant.rtn import Rtn
 from sparsejax.methods.quant.zeroq import DATA, Zeroq
+from sparsejax.plugs import check
 
 
 def get_recipe(arg: str = "") -> list[Pass]:
     budget, *parts = arg.split("/")
-    data = next((part for part in parts if part in DATA), "generated")
-    return [Rtn(Zeroq(budget or "4.25bits", menu_of(part for part in parts if part not in DATA), data=data))]
+    chosen = [part for part in parts if part in DATA]
+    check(len(chosen) <= 1, "zeroq: data", chosen, "exclude each other; give one")
+    menu = menu_of(part for part in parts if part not in DATA)
+    return [Rtn(Zeroq(budget or "4.25bits", menu, data=chosen[0] if chosen else "generated"))]

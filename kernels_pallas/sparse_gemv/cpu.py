@@ -26,7 +26,7 @@ def sparse_gemv_loop(x, mask, w, *, preferred_element_type=None):
 
 def _loop(x, counts, rows):
     """float[B, n] by lane: the sum over rows k where `counts` of x[:, k] times row k."""
-    features, unroll = rows.shape[0], max(2, UNROLL // rows.width[0])
+    features, unroll = rows.shape[0], min(rows.group, max(2, UNROLL // rows.width[0]))
     index = jnp.arange(features)
     before = jnp.cumsum(counts)
     # Channels that count, in order; those of group g stand from starts[g] to starts[g + 1].

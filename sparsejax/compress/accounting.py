@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from sparsejax import nnx_compat
-from sparsejax.arrays import QTensor, dense
+from sparsejax.arrays import QTensor, SparseActivation, dense
 from sparsejax.compress.blocks import measured_at
 from sparsejax.context import Context, Probe, Stat
 from sparsejax.evaluate.scoring import Meter
@@ -168,11 +168,17 @@ def weight_zeros(model: Model) -> float:
 
 
 def _kept_share(tensor: Any, ctx: Context) -> dict[str, Stat]:
-    """float32 [B, T]: the share of a token's entries that are not zero; `kept_rows` of experts, by row of theirs."""
-    x = dense(tensor)
-    zeros = jnp.sum(x == 0, axis=-1, dtype=jnp.int32)
-    share = Stat(1 - zeros.astype(jnp.float32) / x.shape[-1], "token")  # exactly 1 where there is no zero
-    return {"kept" if x.ndim == 3 else "kept_rows": share}
+    """float32 [B, T]: the share of a token's entries that are not zero; `kept_rows` of experts, by row of theirs.
+
+    Entries that are zero because they were rounded do not count: no product leaves them out, and coarser codes have more.
+    """
+    values = tensor.values if isinstance(tensor, SparseActivation) else tensor
+    zero = ~tensor.mask if isinstance(tensor, SparseActivation) else jnp.zeros(tensor.shape, bool)
+    if isinstance(values, jax.Array):
+        zero |= values == 0
+    zeros = jnp.sum(zero, axis=-1, dtype=jnp.int32)
+    share = Stat(1 - zeros.astype(jnp.float32) / zero.shape[-1], "token")  # exactly 1 where there is no zero
+    return {"kept" if zero.ndim == 3 else "kept_rows": share}
 
 
 def _skipping(config: ModelConfig, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -41,7 +41,7 @@ from sparsejax.quantized_arrays import qtensor
 
 MENU = ("int2:asym,group=64", "int3:asym,group=64", "int4:asym,group=64", "int8:asym,group=64")
 FRONTIER_POINTS = 33  # of a report
-_AMOUNT = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_AMOUNT = re.compile(r"\s*((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from sparsejax.io.model import Model
 from sparsejax.layers.op import FIELDS
 from sparsejax.models.config import ModelConfig
 from sparsejax.models.site_rules import rule_sites
+from sparsejax.ops.formats.grids import LOGARITHMS
 from sparsejax.ops.formats.spec import FormatSpec
 from sparsejax.plugs import ConfigError, check
 from sparsejax.quantized_arrays import QTensor
@@ -31,6 +32,7 @@ def check_format(config: ModelConfig, sites: Iterable[str], spec: FormatSpec) ->
         not full; names the site.
     """
     check(not spec.indexed, "format", str(spec), "is indexed: gptq with order dynamic makes such groups of a format without it")
+    check(spec.element not in LOGARITHMS, "format", str(spec), "has no negative numbers, and weights have")
     check(not spec.static, "format", str(spec), "is static, which is for activations: the scales of weights are their own")
     shapes = rule_sites(config)["weights"]
     for site in sites:

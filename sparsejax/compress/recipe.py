@@ -27,9 +27,11 @@ import numpy as np
 
 from sparsejax.compress.calibration import Calibration
 from sparsejax.compress.pieces import flattened, restored
+from sparsejax.context import site_matches
 from sparsejax.evaluate.progress import Advance, no_progress
 from sparsejax.io.model import Model
 from sparsejax.models.config import ModelConfig
+from sparsejax.models.site_rules import rule_sites
 from sparsejax.models.sizes import expert_sites
 from sparsejax.plugs import ConfigError, check, check_choice
 
@@ -180,7 +182,7 @@ def check_recipe(passes: Sequence[Pass], config: ModelConfig) -> None:
       ConfigError: no passes, an order that loses what an earlier pass fitted, or what a pass itself refuses.
     """
     check(passes, "recipe", [], "holds no pass")
-    latest = passes[0]
+    latest, rounded = passes[0], dict[str, str]()
     for number, one in enumerate(passes):
         check_choice(f"recipe[{number}] ({one.name}): stage", one.stage, STAGES)
         # Before the order of stages: what excludes an earlier pass altogether should not be told to go first.
@@ -195,6 +197,13 @@ def check_recipe(passes: Sequence[Pass], config: ModelConfig) -> None:
         stored = next((before.name for before in passes[:number] if before.stage == FORMATS), "")
         check(not (stored and one.changes_floats), f"recipe[{number}] ({one.name}): after", stored,
               "changes weights as floats, and they are stored in another format by then; leave one of the two out")  # fmt: skip
+        if one.stage == FORMATS:
+            rounds = getattr(one, "sites", "") or getattr(getattr(one, "base", None), "sites", "")
+            here = [site for site in rule_sites(config)["weights"] if rounds and site_matches(rounds, site)]
+            twice = next((site for site in here if site in rounded), "")
+            check(not twice, f"recipe[{number}] ({one.name}): {twice}", rounded.get(twice), "has rounded this map before; "
+                  "leave one of the two out, or give them other sites")
+            rounded |= dict.fromkeys(here, one.name)
         latest = one
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsejax import plugs
-from sparsejax.arrays import LowRank, Sum
+from sparsejax.arrays import LowRank, QuantizedActivation, SparseActivation, Sum
 from sparsejax.compress import accounting
 from sparsejax.compress.blocks import Blocks, taps
 from sparsejax.compress.surgery import Placed, place
@@ -179,3 +179,13 @@ def test_what_is_neither_a_network_nor_a_plain_mixture_of_them_is_refused_by_nam
     selected = dataclasses.replace(mixed, neurons=("blocks.*.mlp.experts=test_positive_gate",))
     with pytest.raises(ConfigError, match="neurons = 'blocks.0.mlp.experts'"):
         accounting.meter(selected)
+
+
+def test_zeros_of_rounding_save_nothing():
+    """Coarse codes have many zeros, which every product multiplies; what a selection drops counts, rounded or not."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16)), jnp.float32).at[..., 0].set(0)
+    mask = jnp.arange(16) % 4 > 0
+    codes = QuantizedActivation(jnp.zeros((2, 3, 16), jnp.int8), jnp.ones((2, 3, 1)), None, jnp.dtype("float32"))
+    for tensor, share in ((x, 15 / 16), (codes, 1), (SparseActivation(x, jnp.broadcast_to(mask, x.shape)), 12 / 16),
+                          (SparseActivation(codes, jnp.broadcast_to(mask, x.shape)), 12 / 16)):  # fmt: skip
+        np.testing.assert_allclose(accounting._kept_share(tensor, None)["kept"].value, share)

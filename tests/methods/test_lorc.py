@@ -161,7 +161,7 @@ def test_recipes_of_every_kind_go_before_quantized_activations():
 @pytest.mark.parametrize(
     ("one", "message"),
     [
-        (Lorc(QuantizedInputs()), "lorc: base = .*rounds no kernels of maps"),
+        (Lorc(QuantizedInputs()), "lorc: base = .*does not only round kernels"),
         (Lorc(Rtn("int4:group=24")), "blocks.0.attn.q .*no multiple of 24"),
         (Lorc(Rtn("int4"), 0), "lorc: rank = 0: must be at least 1"),
         (Lorc(Rtn("int4"), 17), "lorc: blocks.0.attn.k: rank = 17: is above 16"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.arrays import QuantizedActivation, SparseActivation, dense, matmul
+from sparsejax.arrays import LowRank, QuantizedActivation, Residual, SparseActivation, dense, matmul
 from sparsejax.context import Context
 from sparsejax.methods.quant.rounded import Rounded
 from sparsejax.ops.formats.spec import FormatSpec
@@ -16,6 +16,7 @@ RNG = np.random.default_rng(0)
 X = (RNG.standard_normal((2, 3, 16)) * np.exp(RNG.standard_normal((2, 3, 1)))).astype(np.float32)
 W = RNG.standard_normal((16, 5)).astype(np.float32)
 CTX = Context(mode="prefill")
+TRAIN = Context(mode="train")
 
 
 def test_integers_are_divided_by_half_of_their_255_steps():
@@ -69,3 +70,23 @@ def test_formats_whose_scales_belong_to_several_tokens_are_refused():
             resolve("activation_op", f"rounded:{text}", "model.inputs[0]")
     with pytest.raises(ConfigError, match="16 channels are no multiple of 5"):
         Rounded("int4:group=5,axis=-1").validate(16, "model.inputs[0]")
+
+
+@pytest.mark.parametrize("spec", ["int8:full15,token", "fp8_e4m3:token"])
+def test_what_a_selection_drops_is_still_there_for_who_multiplies_it(spec):
+    """As R-Sparse does: the scale is that of the kept entries, and the dropped ones go through another product."""
+    x = jnp.asarray(X)
+    mask = jnp.abs(x) > jnp.median(jnp.abs(x), axis=-1, keepdims=True)
+    weight = Residual(jnp.asarray(W), LowRank(jnp.asarray(W[:, :2]), jnp.asarray(W[:2, :5])), None)
+    expected = jnp.where(mask, x, 0) @ weight.base + jnp.where(mask, 0, x) @ weight.dropped.dense()
+    found = matmul(Rounded(spec)(SparseActivation(x, mask), CTX), weight)
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    gradient = jax.grad(lambda x: jnp.sum(matmul(Rounded(spec)(SparseActivation(x, mask, "straight_through"), TRAIN), W)))(x)
+    np.testing.assert_allclose(gradient, np.broadcast_to(W.sum(-1), X.shape), rtol=1e-5)
+
+
+def test_formats_without_negative_numbers_are_refused_and_groups_by_their_field():
+    with pytest.raises(ConfigError, match="log2_8.*has no negative numbers"):
+        Rounded("log2_8:token")
+    with pytest.raises(ConfigError, match=r"model.inputs\[3\]: format = .*16 channels are no multiple of 5"):
+        Rounded("int4:group=5,axis=-1").validate(16, "model.inputs[3]")

@@ -18,6 +18,8 @@ from sparsejax.context import Context
 from sparsejax.evaluate.generate import Params, decoder
 from sparsejax.io import model_folder
 from sparsejax.methods.pruning.magnitude import Magnitude
+from sparsejax.methods.quant.gptq import Gptq
+from sparsejax.methods.quant.inputs import QuantizedInputs
 from sparsejax.methods.quant.rtn import Rtn
 from sparsejax.methods.sparsity.refit import Refit
 from sparsejax.methods.sparsity.teal import Teal
@@ -163,3 +165,21 @@ def test_the_serving_form_joins_maps_of_one_input_and_reads_their_codes():
         batch = {"tokens": TOKENS[:1, at : at + 1], "positions": np.full((1, 1), at, np.int32)}
         found, cache = apply(Params(served[1]), batch, cache)
         np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_rounded_each_by_itself():
+    model = tiny_model(feed_pattern=("ffn", "moe:experts=4,k=2"))
+    rounded = run_recipe([Rtn("int8"), QuantizedInputs("int8")], model, work())
+    for name in ("up", "gate", "down"):
+        kernel = rounded.parameter(f"blocks.1.mlp.experts.{name}.kernel")
+        assert isinstance(kernel, QTensor) and kernel.codes.shape[0] == 4
+    difference = logits(rounded) - logits(model)
+    assert 0 < np.sqrt(np.mean(np.square(difference))) < 0.1 * np.sqrt(np.mean(np.square(logits(model))))
+
+
+def test_a_map_is_rounded_once():
+    with pytest.raises(ConfigError, match=r"recipe\[1\] \(gptq\): blocks.0.mlp.down = 'rtn': has rounded this map before"):
+        check_recipe([Rtn("int8", sites="blocks.*.mlp.down"), Gptq("int4")], tiny_model().config)
+    check_recipe([Rtn("int8", sites="blocks.*.mlp.*"), Gptq("int4", sites="blocks.*.attn.*")], tiny_model().config)
+    with pytest.raises(ConfigError, match="log2_4.*has no negative numbers"):
+        check_recipe([Rtn("log2_4")], tiny_model().config)

@@ -133,7 +133,7 @@ class CompressedTensors:
         scale = _groups_of(need(parts, "weight_scale", module, None), scheme)
         codes = self._codes(module, parts, scheme)
         zero, group_of = self._zeros(module, parts, scheme, scale.shape[0]), None
-        if "weight_g_idx" in parts:
+        if scheme.indexed or "weight_g_idx" in parts:
             stored = need(parts, "weight_g_idx", module, None, (rows,))
             group_of = groups_of(stored, scheme.group, scale.shape[0], f"{module}.weight_g_idx")
         return tensor_of(Affine(codes, scale, zero, scheme.bits, scheme.group, group_of), dtype, module)

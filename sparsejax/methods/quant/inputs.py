@@ -13,7 +13,6 @@ from typing import ClassVar
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Work
 from sparsejax.compress.surgery import Placed, place, sites_of
 from sparsejax.io.model import Model
-from sparsejax.methods.pruning.sequential import ALL_MAPS
 from sparsejax.methods.quant.gptq import Gptq
 from sparsejax.methods.quant.rtn import Rtn
 from sparsejax.models.config import ModelConfig
@@ -25,7 +24,7 @@ class QuantizedInputs(Pass):
     """op: an `activation_op` that quantizes, e.g. "int8", put behind those that act there already; sites: the maps."""
 
     op: str = "int8"
-    sites: str = ALL_MAPS
+    sites: str = "blocks.**"
     stage: ClassVar[str] = ACTIVATIONS
     experts: ClassVar[bool] = True
 

@@ -66,6 +66,8 @@ SAMPLE = 512  # tokens
 class ExponentShift:
     """x_j 2^(o_j): an addition to exponents, for a weight that is divided by the same."""
 
+    merged: ClassVar[bool] = True  # without the op the kernel is that of another function
+
     def parameters(self, shape: tuple[int, ...], axes: tuple[str | None, ...], key: Array) -> dict[str, Weight]:
         """factor [in], powers of two."""
         return {"factor": weight(jnp.ones((shape[-2],), jnp.float32), (axes[-2],), "fitted")}

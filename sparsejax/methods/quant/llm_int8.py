@@ -26,16 +26,20 @@ from sparsejax.arrays import OutlierActivation, dense
 from sparsejax.compress.blocks import Blocks
 from sparsejax.compress.recipe import ACTIVATIONS, Pass, Tier, Work
 from sparsejax.compress.statistics import largest_by_channel, tensor_of
-from sparsejax.compress.surgery import Placed, place, sites_of
+from sparsejax.compress.surgery import Placed, chain_at, place, sites_of
 from sparsejax.context import Context
 from sparsejax.io.model import Model
 from sparsejax.methods.pruning.sequential import ALL_MAPS, batches_of
 from sparsejax.methods.quant.qat import Int8Activation
+from sparsejax.methods.sparsity.teal import check_input_sites
 from sparsejax.models.config import ModelConfig
 from sparsejax.nnx_compat import Weight, weight
 from sparsejax.plugs import check, register
 
 _ROUNDS = Int8Activation()
+
+
+RESTS = ("low_rank_residual", "centred")  # weight ops that multiply what a selection drops
 
 
 @register("activation_op", "outlier_int8")
@@ -75,12 +79,17 @@ class LlmInt8(Pass):
 
     def check(self, config: ModelConfig) -> None:
         check(self.threshold >= 0, "llmint8: threshold", self.threshold, "must not be negative")
-        sites_of(config, "inputs", self.sites)
+        check_input_sites(config, self.sites, "llmint8: sites")
+        for site in sites_of(config, "inputs", self.sites):
+            rests = [op for op in chain_at(config, "weights", site) if op.partition(":")[0] in RESTS]
+            check(not rests, f"llmint8: {site}: model.weights", rests, "multiplies what a selection drops, which is not told "
+                  "from what it keeps once a few columns are floats")
 
     def cost(self, config: ModelConfig, tier: Tier) -> str:
         return f"{config.num_layers} blocks x 2 passes of {tier.sequences * tier.length:,} tokens"
 
     def apply(self, model: Model, work: Work) -> Model:
+        self.check(model.config)
         sites = sites_of(model.config, "inputs", self.sites)
         outlying = {site: np.flatnonzero(largest >= self.threshold) for site, largest in _largest(model, work, sites).items()}
         # Layers that share a program have arrays of one size: the most that any of them needs.

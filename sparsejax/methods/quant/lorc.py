@@ -36,6 +36,8 @@ from sparsejax.compress.surgery import Placed, chain_at, place
 from sparsejax.context import Context, Probe
 from sparsejax.io.model import Model
 from sparsejax.methods.pruning.sequential import Moment, batches_of, kernel_of, maps_of, second_moments
+from sparsejax.methods.quant.gptq import Gptq
+from sparsejax.methods.quant.omniquant import OmniQuant
 from sparsejax.methods.quant.rtn import Rtn
 from sparsejax.methods.sparsity.rsparse import best_low_rank
 from sparsejax.models.config import ModelConfig
@@ -100,7 +102,8 @@ class Lorc(Pass):
 
     def check(self, config: ModelConfig) -> None:
         glob = getattr(self.base, "sites", "")
-        check(self.base.stage == FORMATS and glob, "lorc: base", self.base, "rounds no kernels of maps; give Rtn, Gptq or Hqq")
+        stands = isinstance(self.base, Rtn | Gptq | OmniQuant)  # what it stores stands for the kernel as it was
+        check(stands and glob, "lorc: base", self.base, "does not only round kernels; allowed are Rtn, Hqq, Gptq, OmniQuant")
         self.base.check(config)
         check(self.rank >= 1, "lorc: rank", self.rank, "must be at least 1")
         check(self.damping > 0, "lorc: damping", self.damping, "must be positive")

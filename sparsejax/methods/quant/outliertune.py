@@ -40,7 +40,7 @@ from sparsejax.ops.formats.grids import INTEGERS
 from sparsejax.ops.formats.quantize import encode
 from sparsejax.ops.formats.scales import QParams
 from sparsejax.ops.formats.spec import FormatSpec
-from sparsejax.plugs import check_choice, register
+from sparsejax.plugs import check, check_choice, register
 from sparsejax.quantized_arrays import qtensor
 
 
@@ -51,6 +51,8 @@ class ChannelCodes:
 
     A tensor with zeros in it (behind a pass that selects) gets the codes of these zeros, which are none where c is none.
     """
+
+    merged: ClassVar[bool] = True  # without the op the kernel is that of another function
 
     element: str = "int8"
 
@@ -94,7 +96,9 @@ class OutlierTune(Pass):
 
     def check(self, config: ModelConfig) -> None:
         check_choice("outliertune: inputs", self.inputs, INTEGERS)
-        check_format(config, maps_of(config, self.sites), FormatSpec.parse(self.weights, "outliertune: weights"))
+        spec = FormatSpec.parse(self.weights, "outliertune: weights")
+        check(spec.rounding != "stochastic", "outliertune: weights", str(spec), "rounds at random, and nothing is drawn here")
+        check_format(config, maps_of(config, self.sites), spec)
 
     def check_inputs(self, model: Model, calibration: Calibration) -> None:
         check_kernels(model, maps_of(model.config, self.sites))

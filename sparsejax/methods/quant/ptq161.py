@@ -55,6 +55,8 @@ LEAST_COSINE = 1e-6
 class SalientPlanes:
     """W^ of the module docstring from its planes, the kernel being that of all weights; `count` inputs are salient."""
 
+    merged: ClassVar[bool] = True  # without the op the kernel is that of another function
+
     count: int
 
     def __post_init__(self) -> None:

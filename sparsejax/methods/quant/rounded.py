@@ -24,10 +24,10 @@ from jaxtyping import Array, Float
 
 from sparsejax.arrays import QuantizedActivation, SparseActivation
 from sparsejax.context import Context
-from sparsejax.ops.formats.grids import INTEGERS
+from sparsejax.ops.formats.grids import INTEGERS, LOGARITHMS
 from sparsejax.ops.formats.quantize import encode, fake, qparams
 from sparsejax.ops.formats.spec import FormatSpec
-from sparsejax.plugs import check, register
+from sparsejax.plugs import ConfigError, check, register
 
 
 @register("activation_op", "rounded")
@@ -43,23 +43,30 @@ class Rounded:
         rule = "shares scales among tokens; allowed are token, and group=SIZE,axis=-1"
         check(own and spec.second == "none", "rounded: granularity", spec.granularity, rule)
         check(not spec.static, "rounded: static", True, "scales are computed as tokens come; leave it out")
+        check(spec.element not in LOGARITHMS, "rounded: element", spec.element, "has no negative numbers")
         check(spec.rounding != "stochastic", "rounded: round", spec.rounding, "allowed are even, away, half_up")
 
     def validate(self, features: int, path: str) -> None:
-        _parsed(self.format).block((1, features))
+        try:
+            _parsed(self.format).block((1, features))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     def __call__(self, x: Any, ctx: Context) -> Any:
         if isinstance(x, SparseActivation):
-            return replace(x, values=self._rounded(jnp.where(x.mask, x.values, 0), ctx))
-        return self._rounded(x, ctx)
+            return replace(x, values=self._rounded(x.values, jnp.where(x.mask, x.values, 0), ctx))
+        return self._rounded(x, x, ctx)
 
-    def _rounded(self, x: Float[Array, "... in"], ctx: Context) -> Array | QuantizedActivation:
+    def _rounded(
+        self, x: Float[Array, "... in"], counted: Float[Array, "... in"], ctx: Context
+    ) -> Array | QuantizedActivation:
+        """x by the scales of `counted`."""
         spec = _parsed(self.format)
         integers = spec.element in INTEGERS and spec.symmetric != "asym" and spec.granularity == "token"
+        parameters = qparams(jax.lax.stop_gradient(counted), spec)
         if not integers or spec.scale != "f32":
-            return fake(x, spec)
+            return fake(x, spec, parameters=parameters)
         fixed = jax.lax.stop_gradient(x)
-        parameters = qparams(fixed, spec)
         surrogate = x if ctx.mode == "train" else None
         return QuantizedActivation(encode(fixed, parameters, spec), parameters.scale, surrogate, x.dtype)
 

@@ -25,7 +25,6 @@ from sparsejax.compress.packed import check_kernels, float_kernel, note_formats,
 from sparsejax.compress.recipe import FORMATS, Pass, Tier, Work
 from sparsejax.compress.surgery import sites_of
 from sparsejax.io.model import Model
-from sparsejax.methods.pruning.sequential import ALL_MAPS
 from sparsejax.models.config import ModelConfig
 from sparsejax.ops.formats.clipping import check_search, searched_extent
 from sparsejax.ops.formats.quantize import qparams
@@ -34,13 +33,14 @@ from sparsejax.quantized_arrays import QTensor, qtensor
 
 SCALES = ("absmax", "mse")  # without data
 
+
 @dataclass
 class Rtn(Pass):
     """format: e.g. "int4:asym,group=64", or one for each map (`compress.bit_allocation`); scales: of `SCALES`; sites: the maps;
     seed: of stochastic rounding."""
 
     format: Formats = "int4:asym,group=64"
-    sites: str = ALL_MAPS
+    sites: str = "blocks.**"
     seed: int = 0
     scales: str = "absmax"
     stage: ClassVar[str] = FORMATS

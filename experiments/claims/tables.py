@@ -150,9 +150,9 @@ CLAIMS = [
     Claim("isocline_refit", "Isocline, Refit (this project)", "the same with weights that make up for what is dropped",
           "lower loss at equal sparsity and at equal bytes, on every text", dominates("refit:isocline:{}", *ABSCISSAE), 15,
           needs=NEEDS),
-    Claim("refit", "Refit (this project)", "refitted weights lose less under the same thresholds, at 50 %",
+    Claim("refit", "Refit (this project)", "refitted weights lose less at the same shares, at 50 %",
           "below, by two standard errors", below("refit:isocline:0.5", "isocline:0.5"), 3, needs=NEEDS),
-    Claim("refit_teal", "Refit (this project)", "the same under TEAL's thresholds, at 50 %", "below, by two standard errors",
+    Claim("refit_teal", "Refit (this project)", "the same at TEAL's shares, at 50 %", "below, by two standard errors",
           below("refit:teal:0.5", "teal:0.5"), 3, needs=NEEDS),
     Claim("chess", "CHESS (He et al., 2024, arXiv 2409.01366)", "thresholds by channel are better than one for all, .3, .5 and "
           ".7 of the neurons off", "below CATS at each, by two standard errors", ordered(GATES, GATE_LEVELS), 8, needs=NEEDS),

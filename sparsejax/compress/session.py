@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 import resource
 import sys
 import time
@@ -98,8 +99,8 @@ class Request:
     @property
     def method(self) -> str:
         """What a line of a plot joins: the label without its numbers, so that variants are told apart."""
-        stem, _, argument = self.label.partition(":")
-        return ",".join([stem, *(part for part in argument.split(",") if not _is_number(part))])
+        stem, *parts = re.split("[:,]", self.label)  # an argument may be another recipe with its own
+        return ",".join([stem, *(part for part in parts if not _is_number(part))])
 
     def with_tier(self) -> Request:
         """With the numbers that the tier decides."""

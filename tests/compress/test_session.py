@@ -162,6 +162,7 @@ def test_a_killed_compression_goes_on_to_the_same_model(half, given, tmp_path, m
         ("a/teal.py:0.5", "teal:0.5", "teal"),
         ("teal.py", "teal", "teal"),
         ("teal.py:.5,topk,uniform", "teal:.5,topk,uniform", "teal,topk,uniform"),
+        ("refit.py:isocline:0.5", "refit:isocline:0.5", "refit,isocline"),
     ],
 )
 def test_variants_of_a_method_are_lines_of_their_own(recipe, label, method):
